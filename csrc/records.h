@@ -8,7 +8,7 @@
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "c95545ba55b38755";
+constexpr char kRecordLayout[] = "2d68f4374556a496";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -76,10 +76,10 @@ enum class Reach : int64_t {
 
 // Where the channels-last interior of a value or cotangent begins in scratch memory.
 struct Place {
-  int64_t offset;    // of the first element, of the first sample and seed
-  int64_t sample;    // stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand
-  int64_t seed;      // stride between seeds; 0: no cotangent
-  int64_t row;       // elements from one row of positions to the next
+  int64_t offset;  // of the first element, of the first sample and seed
+  int64_t sample;  // stride between samples; 0: samples share the memory; < 0, on a GPU: minus that of current samples
+  int64_t seed;    // stride between seeds; 0: no cotangent
+  int64_t row;     // elements from one row of positions to the next
   int64_t position;  // elements from one position to the next
 };
 
@@ -150,12 +150,12 @@ struct CpuSizes {
 
 // Shared memory of one thread block.
 struct CudaSizes {
-  int64_t region;   // elements of scratch, for a few samples at a time
-  int64_t sample;   // elements of each sample
-  int64_t bits;     // bytes of each sample's bits
-  int64_t samples;  // the most at a time in the region
-  int64_t bytes;    // of shared memory in all
-  int64_t block;    // samples of a block
+  int64_t workspace;  // elements that a few samples at a time share
+  int64_t sample;     // elements of each sample
+  int64_t bits;       // bytes of each sample's bits
+  int64_t samples;    // the most in the workspace at a time
+  int64_t bytes;      // of shared memory in all
+  int64_t block;      // samples of a block
 };
 
 // Any record: a row of integers.

@@ -22,19 +22,20 @@ GK_INLINE void for_spans(const Context<T>& ctx, int64_t rows, int64_t count, con
   for (int64_t k = 0; k < ctx.area->count; ++k, span += 3) f(int64_t(span[0]), int64_t(span[1]), int64_t(span[2]));
 }
 
-// Whether the cotangent that the current record reads can be nonzero in row h (or in column w).
+// Whether the cotangent that the current record reads can be nonzero in row h, or in column w.
 template <class T>
-GK_INLINE bool row_lives(const Context<T>& ctx, int64_t h) {
+GK_INLINE bool row_is_live(const Context<T>& ctx, int64_t h) {
   return !ctx.area || ctx.area->rows[h];
 }
 template <class T>
-GK_INLINE bool column_lives(const Context<T>& ctx, int64_t w) {
+GK_INLINE bool column_is_live(const Context<T>& ctx, int64_t w) {
   return !ctx.area || ctx.area->columns[w];
 }
 
-// The distance, in seeds of the call, from the first seed that the pointers lead to, to seed s of the tile.
+// Seed s of the tile, counted from the seed that `targets`, `cotangents` and `results` point to: the tile's first seed
+// or, if `order` names the seeds of the tile, the first seed of the call.
 template <class T>
-GK_INLINE int64_t seed_number(const Context<T>& ctx, int64_t s) {
+GK_INLINE int64_t seed_index(const Context<T>& ctx, int64_t s) {
   return ctx.order ? ctx.order[s] : s;
 }
 

@@ -198,7 +198,7 @@ void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for (int64_t h = 0; h < op.extent.H; ++h)
       for (int64_t w = 0; w < op.extent.W; ++w) {
-        if (!row_lives(ctx, h) || !column_lives(ctx, w)) continue;
+        if (!row_is_live(ctx, h) || !column_is_live(ctx, w)) continue;
         const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + w * op.src.position;
         const T* b = other + h * op.other.row + w * op.other.position;
         T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + w * op.dst.position;
@@ -366,7 +366,7 @@ void run_lines_t(const LinesTRecord& op, Context<T>& ctx, int64_t n) {
   const T* const stored = at(ctx, op.lines.saved, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for_bundles(op.lines, [&](int64_t h, int64_t w, int64_t c, int64_t lines, int64_t line) {
-      if (!row_lives(ctx, h) || !column_lives(ctx, w)) return;  // with an area, lines run along the channels
+      if (!row_is_live(ctx, h) || !column_is_live(ctx, w)) return;  // with an area, lines run along the channels
       const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + w * op.lines.extent.C + c;
       T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + w * op.lines.extent.C + c;
       const T* p = stored + h * op.lines.saved.row + w * op.lines.extent.C + c;

@@ -87,7 +87,7 @@ void run_pattern_t(const PatternTRecord& op, Context<T>& ctx, int64_t n) {
   const uint8_t* bits = ctx.bits + op.pattern.bits + n * ctx.bits_sample;
   for (int64_t h = 0; h < op.extent.H; ++h)
     for (int64_t w = 0; w < op.extent.W; ++w) {
-      if (!row_lives(ctx, h) || !column_lives(ctx, w)) continue;
+      if (!row_is_live(ctx, h) || !column_is_live(ctx, w)) continue;
       const uint8_t* planes = bits + (h * op.extent.W + w) * op.pattern.taps * op.pattern.plane_bytes;
       for (int64_t jh = 0; jh < op.pattern.kh; ++jh)
         for (int64_t jw = 0; jw < op.pattern.kw; ++jw, planes += op.pattern.plane_bytes) {

@@ -92,7 +92,7 @@ template <class T>
 void run_seed_onehot(const SeedOneHotRecord& op, Context<T>& ctx, int64_t n) {
   const int64_t H = op.extent.H, W = op.extent.W;
   for (int64_t s = 0; s < ctx.seeds; ++s) {
-    const int64_t t = ctx.targets[n * ctx.target_n + seed_number(ctx, s)], q = t % (H * W);
+    const int64_t t = ctx.targets[n * ctx.target_n + seed_index(ctx, s)], q = t % (H * W);
     at(ctx, op.dst, n)[s * op.dst.seed + (q / W) * op.dst.row + (q % W) * op.dst.position + t / (H * W)] = T(1);
   }
 }
@@ -131,7 +131,7 @@ void run_store_t(const StoreTRecord& op, Context<T>& ctx, int64_t n) {
   const int64_t size = C * H * W;
   for (int64_t s = 0; s < ctx.seeds; ++s) {
     const T* g = at(ctx, op.src, n) + s * op.src.seed;
-    T* y = ctx.results[op.result] + (n * ctx.seeds_total + seed_number(ctx, s)) * size;
+    T* y = ctx.results[op.result] + (n * ctx.seeds_total + seed_index(ctx, s)) * size;
     if (ctx.area) {
       store_spans(op, ctx, g, y);
       continue;

@@ -43,9 +43,9 @@ struct Lists {
   template <class F>
   GK_INLINE void for_positions(const WindowTRecord& op, const F& f) {
     for (int64_t h = 0; h < op.H; ++h)
-      if (row_lives(ctx, h))
+      if (row_is_live(ctx, h))
         for (int64_t w = 0; w < op.W; ++w)
-          if (column_lives(ctx, w)) f(h, w);
+          if (column_is_live(ctx, w)) f(h, w);
   }
 
   // src, dst: offsets of this sample's cotangent and destination.

@@ -313,13 +313,13 @@ void mark_finite(const Kernels<T>& kernels, const Tensor& rows, const Tensors& o
 }
 
 // Runs a few samples at a time, and adds their results to the statistics while they are in the cache.
-void chain_statistics(const Tensors& inputs, const Tensor& packed, const Tensor& tables, const Tensor& forward,
-                      const Tensor& backward, const Ints& sizes, const Tensors& outputs, const Tensor& targets,
-                      const std::optional<Tensor>& seed_rows, int64_t seed_tile, const Tensor& room,
-                      const Tensor& finite, bool skip, bool magnitude, const Tensor& groups,
-                      const std::optional<Tensor>& sum, const std::optional<Tensor>& square,
-                      const std::optional<Tensor>& abs, const std::optional<Tensor>& max,
-                      const std::optional<Tensor>& group) {
+void chain_statistics(const Tensors& inputs, const Tensors& chain, const Ints& sizes, const Tensors& outputs,
+                      const Tensor& targets, const std::optional<Tensor>& seed_rows, int64_t seed_tile,
+                      const Tensor& room, const Tensors& sums, const Tensor& groups, const Tensor& finite, bool skip,
+                      bool magnitude) {
+  GRADKERN_CHECK(chain.size() == 4, "gradkern: a chain is weights, tables and two lists of records, got ", chain.size(),
+                 " tensors");
+  const Tensor &packed = chain[0], &tables = chain[1], &forward = chain[2], &backward = chain[3];
   GRADKERN_CHECK(!inputs.empty() && targets.dim() == 1 && room.dim() >= 2 && room.numel() > 0,
                  "gradkern: statistics need an input, targets [S] and room for some samples, got ", inputs.size(),
                  " inputs, targets ", targets.sizes(), " and room ", room.sizes());
@@ -327,8 +327,7 @@ void chain_statistics(const Tensors& inputs, const Tensor& packed, const Tensor&
   GRADKERN_CHECK(finite.scalar_type() == ScalarType::Bool && finite.is_contiguous() && finite.numel() == samples,
                  "gradkern: finite must be contiguous bool [", samples, "], got ", finite.scalar_type(), " ",
                  finite.sizes());
-  const Statistics to{sum, square, abs, max, group, groups};
-  to.check(samples, room.numel() / most);
+  const Statistics to(sums, groups, samples, room.numel() / most);
   uint8_t* const good = static_cast<uint8_t*>(finite.mutable_data_ptr());
   for (int64_t first = 0; first < samples; first += most) {
     const int64_t n = std::min(most, samples - first);
@@ -347,13 +346,13 @@ void chain_statistics(const Tensors& inputs, const Tensor& packed, const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
   // `chain_vjp` for targets [S], a few samples at a time: as many as `room` [n, S, size] has room for.  Their results
-  // are not kept, but added to statistics as by `accumulate`; of their absolute values if `magnitude`.  finite[i] of
-  // the samples [N] is cleared where a result is NaN or Inf, or an output NaN; with `skip` such samples do not count.
+  // are not kept, but added to `sums` as by `accumulate`; `magnitude`: sums[0] is of absolute values, too.  finite[i]
+  // of the samples [N] is cleared where a result is NaN or Inf, or an output NaN; with `skip` such samples do not
+  // count. `chain`: packed weights, tables, forward and backward records.
   m.def(
-      "chain_statistics(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, Tensor backward, int[] sizes, "
-      "Tensor(a!)[] outputs, Tensor targets, Tensor? seed_rows, int seed_tile, Tensor(b!) room, Tensor(c!) finite, "
-      "bool skip, bool magnitude, Tensor groups, Tensor(d!)? sum, Tensor(e!)? square, Tensor(f!)? abs, "
-      "Tensor(g!)? max, Tensor(h!)? group) -> ()");
+      "chain_statistics(Tensor[] inputs, Tensor[] chain, int[] sizes, Tensor(a!)[] outputs, Tensor targets, "
+      "Tensor? seed_rows, int seed_tile, Tensor(b!) room, Tensor(c!)[] sums, Tensor groups, Tensor(d!) finite, "
+      "bool skip, bool magnitude) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {

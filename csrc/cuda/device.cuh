@@ -110,9 +110,9 @@ struct Tile {
   const Args<T>& args;
   T* buf;
   int tile;       // number of the tile
-  int first;      // first sample, within the tile, of those at hand
-  int count;      // samples at hand
-  int s0, seeds;  // seeds at hand
+  int first;      // the first current sample, within the tile
+  int count;      // current samples
+  int s0, seeds;  // current seeds
 
   // For the current sample m: the place's stride between samples counts from the tile's first sample or, if it is
   // negative, from the first current sample.
@@ -129,7 +129,7 @@ struct Tile {
     return left < args.block ? static_cast<int>(left) : args.block;
   }
   GK_DEVICE uint8_t* bits(const PatternRef& pattern, int m) const {
-    auto* const all = reinterpret_cast<uint8_t*>(buf + args.region + args.planned * args.sample);
+    auto* const all = reinterpret_cast<uint8_t*>(buf + args.workspace + args.planned * args.sample);
     return all + (first + m) * args.bits + static_cast<int>(pattern.bits);
   }
   GK_DEVICE int tid() const { return static_cast<int>(threadIdx.x); }

@@ -12,8 +12,8 @@ namespace gradkern::cuda {
 // spill, and 8 get 255.  gradkern/codegen/machine.py: Device.threads.
 constexpr int kThreads = 256;
 
-// Shared memory of a block, in elements: `region` (scratch for a few samples at a time, or the temporary matrices of a
-// record that takes the whole block), then `sample` elements of each sample that the block has room for, then the
+// Shared memory of a block, in elements: `workspace` (scratch for a few samples at a time, or the temporary matrices of
+// a record that takes the whole block), then `sample` elements of each sample that the block has room for, then the
 // bits, `bits` bytes per sample.
 template <class T>
 struct Args {
@@ -32,7 +32,7 @@ struct Args {
   int64_t samples;
   int forward_count, backward_count;
   int seeds, seed_tile;
-  int region, sample, bits;
+  int workspace, sample, bits;
   int block;    // samples of a tile in this launch
   int planned;  // samples that the block has room for
 };

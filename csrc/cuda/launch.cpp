@@ -60,7 +60,7 @@ void launch(const ChainCall& call, const CudaSizes& sizes) {
   args.backward_count = call.backward ? static_cast<int>(call.backward->size(0)) : 0;
   args.seeds = static_cast<int>(call.seeds());
   args.seed_tile = static_cast<int>(call.seed_tile);
-  args.region = static_cast<int>(sizes.region);
+  args.workspace = static_cast<int>(sizes.workspace);
   args.sample = static_cast<int>(sizes.sample);
   args.bits = static_cast<int>(sizes.bits);
   args.planned = static_cast<int>(sizes.block);

@@ -139,7 +139,7 @@ GK_DEVICE void matmul_tiles(const MatMulRecord& op, const Tile<T>& t, const MatM
   }
 }
 
-// Issued instructions of the busiest thread with tiles of so many rows; gradkern/codegen/cuda/clock_model.py:
+// Issued instructions of the busiest thread with tiles of `height` rows; gradkern/codegen/cuda/clock_model.py:
 // Work.matmul.
 GK_DEVICE int matmul_pace(const MatMul& p, int samples, int threads, int height) {
   const int tiles = samples * p.copies * p.planes * ((p.rows + height - 1) / height) * ((p.columns + 3) / 4);

@@ -240,7 +240,7 @@ GK_DEVICE void store_product(const DenseTRecord& op, const Tile<T>& t, const T (
   }
 }
 
-// out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g is in the region as [c][stride].  If there are
+// out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g is in the workspace as [c][stride].  If there are
 // fewer tiles than warps, several warps share the sum over c, and add their parts one after the other.
 template <class T, int Rows>
 GK_DEVICE void product(const DenseTRecord& op, const Tile<T>& t, int rows, int stride, int c0, int channels,
@@ -295,7 +295,7 @@ template <class T>
 GK_RECORD void run_dense_t(const DenseTRecord& op, const Tile<T> t) {
   const int rows = t.count * t.seeds, O = op.O;
   // As [channel][row] with 32 elements of slack, since a lane past the last row reads on.
-  const int stride = (rows + 3) / 4 * 4, most = (t.args.region - 32) / stride, chunk = most < O ? most : O;
+  const int stride = (rows + 3) / 4 * 4, most = (t.args.workspace - 32) / stride, chunk = most < O ? most : O;
   for (int c0 = 0; c0 < O; c0 += chunk) {
     const int channels = O - c0 < chunk ? O - c0 : chunk;
     const Divider across(channels), seeds(t.seeds);

@@ -32,7 +32,7 @@ GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int 
   return s;
 }
 
-// The length of a row of a weight with so many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
+// The length of a row of a weight with this many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
 GK_DEVICE int weight_row(int channels) { return (channels + 3) / 4 * 4; }
 
 // Four rows of the weight; `w` moves on.
@@ -106,9 +106,9 @@ GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
   const int O = op.O, groups = op.groups, L = op.run_length, K = static_cast<int>(op.runs) * L,
             row_length = weight_row(O);
   const int position = op.whole_block ? 0 : op.src.position, row = op.whole_block ? 0 : op.src.row;
-  // A whole-block record may use all of the region; other records have their scratch there.
+  // A whole-block record may use all of the workspace; other records have their scratch there.
   const WindowShape s =
-      window_shape<kPositions>(positions, O, groups, K, t.warps(), op.whole_block ? t.args.region : 0);
+      window_shape<kPositions>(positions, O, groups, K, t.warps(), op.whole_block ? t.args.workspace : 0);
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
   const int channel_lane = t.lane() % s.channel_lanes, position_lane = t.lane() / s.channel_lanes;
   const bool aligned = ((op.src.offset | op.src.sample | position | row | op.C) & 3) == 0;

@@ -2,8 +2,8 @@
 //
 // RECORDING holds, for each call, the bytes of the op's name, the name, the bytes of the arguments, and these as
 // standin/torch/csrc/stable/library.h reads them.  OUTPUT gets all tensors of a call, arguments and then results, as
-// (bytes, content).  With MUTATIONS, each call of a chain is repeated so many times, each with one to three numbers of
-// its records, tables, sizes and lengths changed: it must end, or raise an error.
+// (bytes, content).  With MUTATIONS, each call of a chain is repeated that many times, each with one to three numbers
+// of its records, tables, sizes and lengths changed: it must end, or raise an error.
 #include <cstdio>
 #include <fstream>
 #include <iterator>

@@ -31,6 +31,7 @@ from ..util.callables import modules_behind
 from ..util.options import BadType, BadValue, use
 from ..util.progress import showing_progress
 from ..util.random_state import RandomState
+from ..util.renamed import adopt_old_methods
 
 if TYPE_CHECKING:
     from .plug import GradientFunc
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 STAND_INS = 2  # samples that stand in for an empty batch, to learn the shapes of results
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
 SHARED = ("out", "wrt", "engine")  # and ``progress``
+#: What methods of a caller's own define, by its name in the release before.
+OLD_NAMES = {
+    "_rows": "row_maps",
+    "_layer": "layer_maps",
+    "_finish": "finish_gradient",
+    "_on_inputs": "method_on_inputs",
+}
 Function = Callable[..., Any]
 
 
@@ -46,6 +54,7 @@ class PublicMethod:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        adopt_old_methods(cls, OLD_NAMES)
         for name, wrap in (("attribute", _attribute), ("attribute_all", _attribute_all)):
             function = getattr(cls, name, None)
             if function is not None and not hasattr(function, "_is_public"):

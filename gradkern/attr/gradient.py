@@ -13,6 +13,7 @@ from ..dispatch.request import checked_wrt
 from ..dispatch.targets import TopK
 from ..util.options import Engine
 from ..util.outputs import Output
+from ..util.renamed import note
 from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
@@ -60,6 +61,10 @@ class GradientMethod(RowMethod):
         each = maps if isinstance(maps, (tuple, list)) else [maps]
         self.finish_gradients(each, tuple(rows[w] for w in checked_wrt(wrt, len(rows))), finish)
         return jacobian
+
+    def _jacobian(self, *args: Any) -> Any:
+        note("GradientMethod._jacobian", "GradientMethod.attribute_by_jacobian", 3)
+        return self.attribute_by_jacobian(*args)
 
 
 class Saliency(GradientMethod, stock.Saliency):

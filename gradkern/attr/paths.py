@@ -110,10 +110,10 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
 
 
 def path_steps(
-    method: str, n: int, known: tuple[Sequence[float], Sequence[float]] | None = None
+    method: str, n: int, sizes_and_alphas: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The weights and positions of Captum's ``n`` steps, ``[steps]`` each."""
-    sizes, places = known or [make(n) for make in compat.approximation_parameters(method)]
+    sizes, places = sizes_and_alphas or [make(n) for make in compat.approximation_parameters(method)]
     return torch.tensor(sizes), torch.tensor(places, dtype=torch.float64)
 
 

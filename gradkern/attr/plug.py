@@ -100,7 +100,7 @@ def _suits(fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | No
         return False
     closed = isinstance(fn, FunctionType) and not inspect.signature(fn).parameters
     if closed:
-        _say(fn, "this method hands over a closed computation instead of a model (as DeepLift does)")
+        _say(fn, "this method passes a closed computation instead of a model (as DeepLift does)")
     return not closed
 
 

@@ -32,13 +32,13 @@ class Cotangents:
         self.outputs = set(graph.outputs.values())
         self.needs = reachable(graph, wrt)
         self.seed_rows_unit = self.find_seed_rows_unit() if onehot else None
-        self.known: dict[Node, Cotangent | None] = {}
+        self.by_node: dict[Node, Cotangent | None] = {}
         for unit in reversed(graph.units):  # from the end, as each decision depends on those of the readers
-            self.known[unit.out] = self.decide(unit.out)
+            self.by_node[unit.out] = self.decide(unit.out)
 
     def of(self, node: Node) -> Cotangent | None:
         """The cotangent of a node, whose ``.node`` is the node itself if it has a buffer; None if it is not wanted."""
-        return self.known[node]
+        return self.by_node[node]
 
     def find_seed_rows_unit(self) -> units.Window | None:
         """The last linear layer if one-hot seeds start there: then the first cotangents are rows of its weight."""

@@ -49,10 +49,10 @@ class CpuSizes(Sizes):
 class CudaSizes(Sizes):
     """Shared memory of one thread block."""
 
-    region: int  # elements of scratch, for a few samples at a time
+    workspace: int  # elements that a few samples at a time share
     sample: int  # elements of each sample
     bits: int  # bytes of each sample's bits
-    samples: int  # the most at a time in the region
+    samples: int  # the most in the workspace at a time
     bytes: int  # of shared memory in all
     block: int  # samples of a block
 
@@ -66,7 +66,10 @@ HEADER = ("kind", "whole_block", "samples")
 #: A place in C++.
 PLACE = (
     ("offset", "of the first element, of the first sample and seed"),
-    ("sample", "stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand"),
+    (
+        "sample",
+        "stride between samples; 0: samples share the memory; < 0, on a GPU: minus that of current samples",
+    ),
     ("seed", "stride between seeds; 0: no cotangent"),
     ("row", "elements from one row of positions to the next"),
     ("position", "elements from one position to the next"),

@@ -17,7 +17,7 @@ from ..ir.graph import steps_to
 from ..ir.indexing import along, identity_runs, is_permutation
 from . import units
 from .support import unsupported_reason
-from .units import POINT, Fold, MoveEnd, Node, Unit, UnitGraph, Windows2d, geometry, storage_axes, tokens
+from .units import POINT, Fold, MoveEnd, Node, Unit, UnitGraph, Windows2d, geometry, storage_axes
 
 
 class GraphBuilder:
@@ -43,7 +43,7 @@ class GraphBuilder:
 
     def build(self) -> UnitGraph:
         for v in self.external:
-            if any(self.wants_tokens(i, v) for i in self.reads[v]):
+            if any(self.wants_channels_last(i, v) for i in self.reads[v]):
                 self.channels_last.add(v)
             node = self.node(self.program.shape(v), v in self.channels_last)
             self.add(units.Load((), node, (), value=v))
@@ -62,7 +62,7 @@ class GraphBuilder:
     # ---- small helpers
 
     def node(self, shape: tuple[int, ...], channels_last: bool = False) -> Node:
-        extent = tokens(shape) if channels_last else geometry(shape)
+        extent = geometry(shape, channels_last)
         assert extent is not None  # `unsupported_reason` refuses others
         c, h, w = extent
         self.count += 1
@@ -96,7 +96,7 @@ class GraphBuilder:
         j = self.only_reader(self.base + i)
         return j if j is not None and wanted(self.program.steps[j]) else None
 
-    def wants_tokens(self, step: int, value: int) -> bool:
+    def wants_channels_last(self, step: int, value: int) -> bool:
         """Whether a step, or one after it, prefers to read the value with its last axis as the channels."""
         shape, form = self.program.shape(value), self.program.steps[step].form
         last = len(shape) - 1
@@ -116,7 +116,7 @@ class GraphBuilder:
     def in_order(self, value: int, channels_last: bool) -> Node:
         """The value's node in the geometry of its own shape, copied if it is stored in another order."""
         node, shape = self.nodes[value], self.program.shape(value)
-        fits = node.is_a(tokens(shape) if channels_last else geometry(shape))
+        fits = node.is_a(geometry(shape, channels_last))
         if fits and (node.trivial or (value in self.channels_last) == channels_last):
             return node
         if (value, channels_last) not in self.copies:
@@ -154,7 +154,7 @@ class GraphBuilder:
             case ir.Sum():
                 self.sum(i, step)
             case ir.LowRank(axis=axis):
-                channels_last = source in self.channels_last and self.nodes[source].is_a(tokens(step.shape))
+                channels_last = source in self.channels_last and self.nodes[source].is_a(geometry(step.shape, True))
                 channels_last |= axis > 0 and axis == len(step.shape) - 1 and self.stays_channels_last(i)
                 node = self.in_order(source, channels_last)
                 order = storage_axes(len(step.shape), channels_last)
@@ -181,7 +181,7 @@ class GraphBuilder:
         """Whether a later step wants this one's result channels-last."""
         value = self.base + i
         if value not in self.wanted:
-            self.wanted[value] = any(self.wants_tokens(j, value) for j in self.reads.get(value, []))
+            self.wanted[value] = any(self.wants_channels_last(j, value) for j in self.reads.get(value, []))
         return self.wanted[value]
 
     def result(self, i: int, channels_last: bool = False) -> Node:
@@ -206,7 +206,9 @@ class GraphBuilder:
         nodes, channels_last = [self.nodes[v] for v in step.inputs], like in self.channels_last
         same = all(n.is_a((nodes[0].C, nodes[0].H, nodes[0].W)) for n in nodes)
         if not same or len({v in self.channels_last for v in step.inputs}) > 1:
-            channels_last = any(v in self.channels_last and self.nodes[v].is_a(tokens(step.shape)) for v in step.inputs)
+            channels_last = any(
+                v in self.channels_last and self.nodes[v].is_a(geometry(step.shape, True)) for v in step.inputs
+            )
             nodes, like = [self.in_order(v, channels_last) for v in step.inputs], None
         total = nodes[0]
         self.set_node(i, total, channels_last)
@@ -218,7 +220,7 @@ class GraphBuilder:
     def view(self, i: int, step: ir.Step) -> None:
         source = step.inputs[0]
         node, channels_last = self.nodes[source], source in self.channels_last
-        if node.is_a(tokens(step.shape) if channels_last else geometry(step.shape)) or len(step.shape) == 1:
+        if node.is_a(geometry(step.shape, channels_last)) or len(step.shape) == 1:
             self.set_node(i, node, channels_last)
             return
         keeps = self.stays_channels_last(i)
@@ -233,7 +235,7 @@ class GraphBuilder:
         last = len(shape) - 1
         if len(form.parts) == 1 and is_permutation(form.parts[0], shape):
             to_last = not channels_last and self.nodes[source].is_a(geometry(shape))
-            to_first = channels_last and self.nodes[source].is_a(tokens(shape))
+            to_first = channels_last and self.nodes[source].is_a(geometry(shape, True))
             order = form.parts[0].order
             if (to_last and order == (*range(1, last + 1), 0)) or (to_first and order == (last, *range(last))):
                 self.set_node(i, self.nodes[source], to_last)

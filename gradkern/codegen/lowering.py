@@ -22,7 +22,7 @@ from .layouts import Layouts
 from .local import MOST_LIVE_SHARE, Reaches, best_tile, reaches
 from .machine import Machine
 from .records import Extent, Place, Record, WindowT
-from .scratch import assign_places, block_size, even_tile, mark_lives, round_up, seed_tile, stack_cotangents
+from .scratch import assign_places, block_size, even_tile, mark_lifetimes, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
 from .units import Node, Unit, rectifies_cotangent
 
@@ -136,9 +136,9 @@ def store_cotangent(e: Emitter, k: int, value: int) -> None:
 def lay_out(e: Emitter) -> LaidOut:
     """Assign the places of all buffers in the scratch memory of a CPU's thread."""
     spec, buffers, bit_bytes = e.spec, e.buffers, e.buffers.bit_bytes
-    mark_lives((e.forward, e.backward))
+    mark_lifetimes(e.forward, e.backward)
     for buffer in (*buffers.values.values(), *buffers.cotangents.values()):
-        buffer.per_sample = len(buffer.stages) > 1
+        buffer.per_sample = len(buffer.runs) > 1
     cotangents = list(buffers.cotangents.values())
     per_seed = stack_cotangents(cotangents)
     tile = seed_tile(spec.seeds, sum(per_seed) * spec.itemsize)

@@ -33,7 +33,7 @@ class Device(Machine):
         return f"sm_{self.capability}"
 
     def milliseconds(self, clocks: float, samples: int) -> float:
-        """The time of so many samples that take ``clocks`` of one multiprocessor each."""
+        """The time of ``samples`` samples that take ``clocks`` of one multiprocessor each."""
         return clocks * samples / self.processors / self.kilohertz
 
 

@@ -24,11 +24,11 @@ SCRATCH_BYTES = 32 << 20  # per thread, unless a single sample and seed needs mo
 
 @dataclass(eq=False)
 class Buffer:
-    """A piece of scratch memory: per sample if it must outlive a stage, otherwise shared between samples."""
+    """A piece of scratch memory: per sample if it must outlive a run of records, otherwise shared between samples."""
 
     elements: int  # of a single seed if the buffer holds a cotangent
     cotangent: bool = False
-    stages: set[int] = field(default_factory=set)
+    runs: set[int] = field(default_factory=set)  # of records that touch it (`runs_of`)
     base: int = -1
     first: int = -1  # the records between which its content matters
     last: int = -1
@@ -39,24 +39,22 @@ def round_up(elements: int, multiple: int = 16) -> int:
     return (elements + multiple - 1) // multiple * multiple
 
 
-def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
-    """Note in every buffer its first and last record, and the stages that touch it.
+def runs_of(forward: Sequence[Record], backward: Sequence[Record]) -> list[int]:
+    """The run that each record belongs to: a record that takes the whole block, or all records in between."""
+    run_numbers, run, ops = [], -1, (*forward, *backward)
+    for i, op in enumerate(ops):
+        run += bool(i in (0, len(forward)) or op.whole_block or ops[i - 1].whole_block)
+        run_numbers.append(run)
+    return run_numbers
 
-    A stage is a run of records that processes one sample after another; a record for all samples is a stage of its own.
-    """
-    stage = count = 0
-    for records in passes:
-        previous: Record | None = None
-        for record in records:
-            if previous is None or record.whole_block or previous.whole_block:
-                stage += 1
-            previous = record
-            count += 1
-            for buffer in record.buffers():
-                buffer.stages.add(stage)
-                buffer.first = count if buffer.first < 0 else buffer.first
-                buffer.last = count
-        stage += 1
+
+def mark_lifetimes(forward: Sequence[Record], backward: Sequence[Record]) -> None:
+    """Note in every buffer its first and last record, and the runs that touch it."""
+    for i, (op, run) in enumerate(zip((*forward, *backward), runs_of(forward, backward), strict=True)):
+        for buffer in op.buffers():
+            buffer.runs.add(run)
+            buffer.first = i if buffer.first < 0 else buffer.first
+            buffer.last = i
 
 
 def seed_tile(seeds: int, per_seed: int) -> int:
@@ -85,7 +83,7 @@ def first_fit(size: int, taken: Iterable[tuple[int, int]]) -> int:
 def stack(buffers: Iterable[Buffer]) -> int:
     """Place buffers so that only those that are alive together lie apart; returns the elements that they take.
 
-    The largest are placed first, each at the lowest place that is free during its life.
+    The largest are placed first, each at the lowest place that is free during its lifetime.
     """
     placed: list[Buffer] = []
     height = 0

@@ -20,21 +20,18 @@ from ..ir.program import MOST_AXES, Contract, Dense, LowRank, Part, Scale, Windo
 POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a bare ReLU, or of a linear layer per token
 
 
-def geometry(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """``(C, H, W)`` of a per-sample shape whose first axis is the channels; None if it has more than `MOST_AXES`."""
+def geometry(shape: tuple[int, ...], channels_last: bool = False) -> tuple[int, int, int] | None:
+    """``(C, H, W)`` of a per-sample shape; None if it has more than `MOST_AXES`.
+
+    Its first axis is the channels or, with ``channels_last``, its last one (tokens, a transposed signal).
+    """
     if len(shape) > MOST_AXES:
         return None
+    if channels_last:
+        shape = shape[-1:] + shape[:-1]
     c, *rest = shape or (1,)
     h, w = (1, 1, *rest)[-2:]
     return c, h, w
-
-
-def tokens(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """``(C, H, W)`` of a shape whose last axis is the channels."""
-    first = geometry(shape)
-    if first is None or len(shape) < 2:
-        return first
-    return (shape[1], 1, shape[0]) if len(shape) == 2 else (shape[2], shape[0], shape[1])
 
 
 def storage_axes(rank: int, channels_last: bool) -> str:

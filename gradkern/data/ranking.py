@@ -28,10 +28,9 @@ from .runs.planning import plan
 from .runs.probe import device_of
 from .runs.runner import run
 from .runs.settings import CommonOptions
-from .runs.task import finite_rows
 from .sources import Source, open_source
 from .sources.padding import Pad
-from .statistics import GROUPS
+from .statistics import GROUPS, finite_rows
 from .store.labels import of_rows
 from .store.results import Results
 

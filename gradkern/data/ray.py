@@ -21,11 +21,11 @@ from ..util import options
 from ..util.options import BadType, BadValue, Engine
 from ..util.untrusted import local_path
 from . import methods
+from .runs.opening import open_run
 from .runs.probe import device_of
 from .runs.runner import disk_full, work
 from .runs.settings import RunOptions, Settings, settings_of
 from .runs.shards import owned_chunks
-from .runs.task import Task
 from .sources import can_be_pickled, open_source
 from .sources.padding import Pad
 from .store.durable import delete, get, put, store_at
@@ -78,7 +78,7 @@ class FillChunks:
         if not Results.exists(out):  # a machine that has joined the cluster since its machines were asked
             raise BadValue(f"out: {socket.gethostname()} does not see {out}. Choose a place that all machines share.")
         model, source = ray.get(model_and_source)
-        self.task = Task.prepare(model, source, out, settings)
+        self.task = open_run(model, source, out, settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """``batch["id"]``: indices of ranges of chunks, of which there are ``pieces``."""
@@ -114,7 +114,7 @@ def run_on_ray(
     new, threads = not Results.exists(place), settings.threads or max(1, int(cpus))
     check_shared(place)
     with disk_full(place):
-        task = Task.prepare(model, rows, place, replace(settings, threads=threads) if new else settings)
+        task = open_run(model, rows, place, replace(settings, threads=threads) if new else settings)
     total = ray.cluster_resources()
     slots = total.get("GPU", 0) // gpus if gpus else total.get("CPU", 1) // cpus
     workers = workers or max(1, int(slots))

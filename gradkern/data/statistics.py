@@ -228,9 +228,9 @@ class Accumulator:
 
     def _add_deviations(self, name: str, at: slice, count: Tensor, total: Tensor, deviations: Tensor) -> None:
         """Add the deviations of further samples from their own mean, before their ``count`` and ``total`` are added."""
-        known = [self.sums[n][at].numpy() for n in DEVIATIONS[name][1::-1]]
+        count_before, total_before = (self.sums[n][at].numpy() for n in DEVIATIONS[name][1::-1])
         self.sums[name][at] += deviations
-        self.sums[name][at] += torch.from_numpy(between((known[0], known[1]), (count.numpy(), total.numpy())))
+        self.sums[name][at] += torch.from_numpy(between((count_before, total_before), (count.numpy(), total.numpy())))
 
     def _count(self, at: slice, group: Tensor) -> None:
         self.sums["count"][at] += len(group)
@@ -265,7 +265,7 @@ def add(
     largest: Tensor | None = None, groups: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add maps to these sums, by `ops.accumulate` or in plain torch."""
-    if ops.accumulate(maps, group, total, square, size, largest, groups):
+    if ops.accumulate(maps, group, (total, square, size, largest, groups)):
         return
     wide = maps.double()
     if total is not None:
@@ -279,6 +279,17 @@ def add(
         largest.copy_(torch.maximum(largest, wide.amax(0).float()))
     if groups is not None:
         groups.index_add_(0, group, wide)
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Which samples of ``[n, ...]`` have finite values only, ``[n]``."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
+    flat = values.detach().reshape(len(values), -1)
+    finite = flat.sum(1).isfinite()  # one pass without a copy; a sum may overflow, so the others are looked at closely
+    suspects = (~finite).nonzero()[:, 0]
+    finite[suspects] = flat[suspects].isfinite().all(1)
+    return finite
 
 
 def ranks(size: Tensor) -> Tensor:

@@ -33,9 +33,8 @@ class Request:
 
     ``resolve_seeds`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later
     calls, which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
-    ``part_of``: samples of the whole call, if this is a part of one; ``whole``: samples of the whole call.  ``owner``,
-    ``access_path``: the object that has the state of ``fn``, and how to get from there to ``fn``; ``module``: that
-    object, if it is one.
+    ``call_samples``: samples of the whole call, if this is a part of one.  ``owner``, ``access_path``: the object that
+    has the state of ``fn``, and how to get from there to ``fn``; ``module``: that object, if it is one.
     """
 
     fn: Callable[..., Any]
@@ -45,19 +44,18 @@ class Request:
     out: OutArgument = None
     ahead: int = 0
     keep_outputs: bool = False
-    part_of: int = 0
+    call_samples: int = 0
     owner: Any = field(init=False)
     access_path: Hashable = field(init=False)
     module: nn.Module | None = field(init=False)
     samples: int = field(init=False)
-    whole: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.fn = unwrap(self.fn)
         self.owner, self.access_path = anchor(self.fn)
         self.module = self.owner if isinstance(self.owner, nn.Module) else None
         self.samples = self.inputs[0].shape[0]
-        self.whole = self.part_of or self.samples
+        self.call_samples = self.call_samples or self.samples
 
     @property
     def sample_bytes(self) -> int:
@@ -82,7 +80,7 @@ class Request:
             self.wrt,
             self.resolve_seeds if seeds is None else lambda samples, output_shape: seeds.part(start, stop),
             ahead=self.ahead + self.samples - stop,
-            part_of=self.whole,
+            call_samples=self.call_samples,
         )
 
     def pick(self, most: int) -> tuple[Tensor, ...]:

@@ -310,7 +310,7 @@ def _by_program(
 def _call_setup(request: Request, route: Route, captured: BoundProgram) -> CallSetup:
     """The `CallSetup` of calls like this one, remembered if their seeds do not depend on the samples."""
     # Parts of a call have the size of the whole.
-    kind = request.wrt, torch.get_num_threads(), bisect_right(ways.SIZES, request.whole)
+    kind = request.wrt, torch.get_num_threads(), bisect_right(ways.SIZES, request.call_samples)
     seeds_key = request.seeds_key
     if seeds_key is None:
         return _make_setup(request, route, captured, kind)

@@ -19,7 +19,7 @@ MOST_OF_THE_WORK = 0.5  # cutting a network for less costs more than it saves: c
 
 
 def heavy_layers(program: Program) -> dict[int, str]:
-    """Such layers by step, with the reason in words; none if they are a small part of the network's multiply-adds."""
+    """Such layers by step, with the reason; none if they are a small part of the network's multiply-adds."""
     macs = [forward_macs(program, i) for i in range(len(program.steps))]
     rectified = _rectified(program)
     found = {}

@@ -17,7 +17,7 @@ from ..ir.recurrent import GATES, recognize
 from .heavy import too_heavy_reason
 
 Reason = Callable[[Program, int, torch.dtype, Machine | NoKernels], str | None]
-SILENT = ""  # a refusal that `explain` does not show, because nobody expects this implementation
+SILENT = ""  # a refusal that `explain` does not show: the implementation is for other steps
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
 

@@ -26,10 +26,10 @@ from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
 from ..passes import direction
 from ..passes.direction import Cut, Direction
+from ..passes.exchange_axes import exchange_axes
 from ..passes.forward_mode import Transposed, transpose, values_read
 from ..passes.phases import without_zeros
 from ..passes.prune_positions import prune
-from ..passes.turning import turn
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .heavy import heavy_layers
@@ -290,7 +290,7 @@ def plan(
     if wanted is None and not program.slopes:
         program = prune(program)
         if machine and not isinstance(machine, Device):
-            program = turn(program)
+            program = exchange_axes(program)
     chosen = None
     if wanted is None and not reverse:
         chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 #: How a call runs: on the Program's kernels, or on autograd with one backward pass per seed or one for all of them.
 Way = Literal["kernels", "loop", "batched"]
-WAYS: tuple[Way, ...] = get_args(Way)
 TITLES: Mapping[Way, str] = {
     "kernels": "calls take the {kernels}",
     "loop": "calls take autograd (one backward per seed) instead of this plan",
@@ -32,7 +31,7 @@ class Timing:
         return "kernels" if self.seconds["kernels"] <= TIE * self.seconds[best] else best
 
     def text(self, kernels: str = "kernels") -> str:
-        """The result in words.  ``kernels``: what the plan runs on."""
+        """The result as a sentence.  ``kernels``: what the plan runs on."""
         peers = {way: t for way, t in self.seconds.items() if way != "kernels"}
         best = f", autograd {1e3 * min(peers.values()):.3g} ms" if peers else ""
         samples = f"{self.samples} sample{'s' * (self.samples != 1)}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
-from ..data.runs.task import finite_rows
+from ..data.statistics import finite_rows
 from ..util.outputs import OneOutput
 from ..util.untrusted import plain
 from . import datafigures, figures, findings

@@ -109,7 +109,7 @@ class Report:
 
 
 def panels_of(figure: Figure) -> str:
-    """A figure in words: its panels by their titles, and what their axes are."""
+    """The text alternative of a figure: its panels by their titles, and what their axes are."""
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     titles = [t for axes in panels for t in (axes.get_title(loc="left") or axes.get_title(),) if t]
     across = sorted({axes.get_xlabel() for axes in panels} - {""})

@@ -35,7 +35,7 @@ class ComparisonSize(NamedTuple):
 _CPU, _GPU = ComparisonSize(3, 4, 3, 16), ComparisonSize(8, 1 << 30, 2048, 1024)
 MOVE = 1e-2  # the perturbation of the second comparison's inputs, as a share of their spread
 DRAWS = 3  # runs of torch's kernels with inputs and weights rounded at random, which show the error of rounding alone
-SLACK = 10.0  # errors may be so many times those of these runs
+SLACK = 10.0  # errors may be this many times those of these runs
 CANCELLED = 1e3  # a gradient of fewer units of rounding (of output / input) may be what is left when terms cancel
 
 

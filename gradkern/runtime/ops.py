@@ -225,28 +225,24 @@ def content_hash(tensors: Sequence[Tensor]) -> int:
     return torch.ops.gradkern.content_hash(list(tensors)) if tensors else 0
 
 
-def accumulate(
-    maps: Tensor,
-    groups: Tensor,
-    sum: Tensor | None,
-    square: Tensor | None,
-    abs: Tensor | None,
-    max: Tensor | None,
-    group: Tensor | None,
-) -> bool:
-    """Add maps ``[n, ...]`` to statistics ``[...]``, and sample i also to row ``groups[i]`` of ``group`` ``[G, ...]``.
+def accumulate(maps: Tensor, groups: Tensor, sums: Sequence[Tensor | None]) -> bool:
+    """Add maps ``[n, ...]`` to ``sums``, in the order of the fields of `Statistics`.
 
     Does nothing and returns False if there is no kernel for these tensors.
     """
     native = maps.device.type == "cpu" and maps.dtype in NATIVE_DTYPES and extension() is not None
     if native:
-        torch.ops.gradkern.accumulate(maps.contiguous(), groups, sum, square, abs, max, group)
+        torch.ops.gradkern.accumulate(maps.contiguous(), groups, _or_empty(sums))
     return native
+
+
+def _or_empty(sums: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.empty(0) if t is None else t for t in sums]
 
 
 def chain_statistics(
     inputs: Sequence[Tensor],
-    packed: Sequence[Tensor],
+    chain: Sequence[Tensor],
     sizes: Sizes,
     outputs: Sequence[Tensor],
     targets: Tensor,
@@ -256,14 +252,15 @@ def chain_statistics(
     sums: Statistics,
 ) -> None:
     """`chain_vjp` on a CPU, of as many samples at a time as ``room [n, S, size]`` has room for.  Fills ``outputs``; the
-    Jacobians are not kept, but added to ``sums``.  ``packed``: weights, tables, forward and backward records."""
+    Jacobians are not kept, but added to ``sums``.  ``chain``: packed weights, tables, forward and backward records."""
+    taken = _or_empty((sums.sum, sums.square, sums.abs, sums.max, sums.group))
     torch.ops.gradkern.chain_statistics(
-        list(inputs), *packed, sizes.integers, list(outputs), targets, seed_rows, seed_tile, room, sums.finite,
-        sums.skip, sums.magnitude, sums.groups, sums.sum, sums.square, sums.abs, sums.max, sums.group,
+        list(inputs), list(chain), sizes.integers, list(outputs), targets, seed_rows, seed_tile, room, taken,
+        sums.groups, sums.finite, sums.skip, sums.magnitude,
     )  # fmt: skip
 
 
-HUGE = 8 << 20  # fresh results of at least so many bytes get huge pages
+HUGE = 8 << 20  # new results of at least this many bytes get huge pages
 
 
 def on_huge_pages(fresh: Tensor) -> None:

@@ -82,7 +82,7 @@ def _contract(form: ir.Contract, x: Tensor, params: Params) -> Tensor:
     if isinstance(form.map, ir.Windows):
         assert weight is not None
         w = form.map
-        weight = weight.reshape(*weight.shape[:2], *w.kernel)  # rows and columns may be exchanged (`passes.turning`)
+        weight = weight.reshape(*weight.shape[:2], *w.kernel)  # the axes may be exchanged (`passes.exchange_axes`)
         padding, padded = _padded(w, x)
         zeros = (0,) * len(padding)
         if channels_last(w, x):

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 DELAY = 2.0  # seconds that a call takes before anything is drawn
-PARTS = 200  # a call that shows a bar is cut into about so many pieces, so that the bar advances
+PARTS = 200  # about how many pieces a call that shows a bar is cut into, so that the bar advances
 LEAST_PART = 1024  # samples of a chain in such a part
 
 

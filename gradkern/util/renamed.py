@@ -40,6 +40,14 @@ def old_names(scope: dict[str, Any], names: dict[str, str]) -> Callable[[str], A
     return find
 
 
+def adopt_old_methods(cls: type, names: dict[str, str]) -> None:
+    """Give a class under its new name what its author defines under an old one; called by ``__init_subclass__``."""
+    for old, new in names.items():
+        if old in vars(cls):
+            note(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}", 4)
+            setattr(cls, new, vars(cls)[old])
+
+
 def note(old: str, new: str, level: int) -> None:
     """Warn of an old name; ``level``: steps from here to its use, for `warnings.warn`."""
     message = f"{old} is now {new}; the old name goes with the next release"

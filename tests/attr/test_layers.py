@@ -11,6 +11,8 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
+from gradkern.attr.attribute_all import as_attribute_all
+from gradkern.attr.gradient import GradientMethod
 from gradkern.attr.layer import layer_methods as layers
 from gradkern.attr.layer.layer_methods import LayerMethod, make_attribute, make_attribute_all
 from gradkern.attr.layer.split import layer_value
@@ -173,6 +175,33 @@ class LayerSquaredGradient(LayerMethod, stock.LayerGradientXActivation):
 
     def layer_maps(self, view, index, seeds, options):
         return view.at_inputs(index, seeds)[1] ** 2
+
+
+def test_methods_written_for_the_release_before_still_work():
+    with pytest.warns(DeprecationWarning, match=r"Earlier\._layer is now Earlier\.layer_maps;") as caught:
+
+        class Earlier(LayerMethod, stock.LayerGradientXActivation):
+            attribute_all = make_attribute_all(stock.LayerGradientXActivation)
+
+            def _layer(self, view, index, seeds, options):
+                return view.at_inputs(index, seeds)[1] ** 2
+
+    assert caught[0].filename == __file__
+    model, x = net("residual")
+    same(Earlier(model, model.conv2).attribute_all(x), LayerSquaredGradient(model, model.conv2).attribute_all(x))
+
+    with pytest.warns(DeprecationWarning, match=r"Negative\._finish is now Negative\.finish_gradient;"):
+
+        class Negative(GradientMethod, stock.Saliency):
+            @as_attribute_all
+            def attribute_all(self, inputs, *, targets=None, additional_forward_args=None, out=None, wrt=None):
+                return self._jacobian(inputs, targets, additional_forward_args, out, wrt, {})
+
+            def _finish(self, gradient, x, options):
+                gradient.neg_()
+
+    with pytest.warns(DeprecationWarning, match="_jacobian is now GradientMethod.attribute_by_jacobian;"):
+        same(Negative(model).attribute_all(x), -ours.Saliency(model).attribute_all(x, abs=False))
 
 
 def test_a_new_layer_method_is_its_mathematics():

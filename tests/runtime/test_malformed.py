@@ -87,10 +87,10 @@ def test_groups_of_statistics(n: int, size: int, groups: list[int], count: int) 
     fits = len(groups) == n and all(0 <= g < count for g in groups)
     if not fits:
         with pytest.raises(ERRORS):
-            G.accumulate(maps, of, None, None, None, None, into)
+            G.accumulate(maps, of, [*[torch.empty(0)] * 4, into])
         assert not into.any()
         return
-    G.accumulate(maps, of, None, None, None, None, into)
+    G.accumulate(maps, of, [*[torch.empty(0)] * 4, into])
     wanted = torch.zeros_like(into).index_add_(0, of, maps.double().abs())
     assert torch.equal(into, wanted)
 
@@ -99,9 +99,11 @@ def test_groups_of_statistics(n: int, size: int, groups: list[int], count: int) 
 @given(ANY, ANY, ANY, ANY)
 def test_statistics_of_any_tensors(maps: Tensor, total: Tensor, largest: Tensor, group: Tensor) -> None:
     groups = torch.zeros(maps.shape[0] if maps.dim() else 0, dtype=torch.int64)
-    for given_ in ((total, None, None), (None, largest, None), (None, None, group)):
+    for place, statistic in ((0, total), (3, largest), (4, group)):
+        sums = [torch.empty(0)] * 5
+        sums[place] = statistic
         try:
-            G.accumulate(maps, groups, given_[0], None, None, given_[1], given_[2])
+            G.accumulate(maps, groups, sums)
         except ERRORS:
             continue
 

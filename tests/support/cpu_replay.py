@@ -113,7 +113,7 @@ def recorded(networks: int, first: int) -> Recording:
             maps, groups = torch.randn(4, 3, 5, dtype=dtype), torch.tensor([1, 0, 1, 2])
             sums = [torch.zeros(3, 5, dtype=torch.float64) for _ in range(3)]
             largest, by_group = torch.zeros(3, 5), torch.zeros(3, 3, 5, dtype=torch.float64)
-            torch.ops.gradkern.accumulate(maps, groups, *sums, largest, by_group)
+            torch.ops.gradkern.accumulate(maps, groups, [*sums, largest, by_group])
     gradkern.reset()
     return recording
 

@@ -42,7 +42,7 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("targets", "seed_rows")),
         *((name, ctypes.c_int64) for name in ("target_n", "seed_rows_n", "seed_rows_s", "samples")),
         *((name, ctypes.c_int) for name in ("forward_count", "backward_count", "seeds", "seed_tile")),
-        *((name, ctypes.c_int) for name in ("region", "sample", "bits", "block", "planned")),
+        *((name, ctypes.c_int) for name in ("workspace", "sample", "bits", "block", "planned")),
     )
 
 
@@ -200,7 +200,7 @@ class HostDevice:
             args.seed_rows_n = seeds * row if seed_rows.dim() == 3 else 0
         args.samples, args.forward_count, args.backward_count = n, len(forward), len(backward)
         args.seeds, args.seed_tile = seeds, seed_tile
-        args.region, args.sample, args.bits = sizes.region, sizes.sample, sizes.bits
+        args.workspace, args.sample, args.bits = sizes.workspace, sizes.sample, sizes.bits
         args.block, args.planned = min(sizes.block, -(-n // self.blocks)), sizes.block
         if self.record is not None:
             tensors = [forward, backward, packed, tables, *inputs, *values, *cotangents, *results]

@@ -47,13 +47,13 @@ def layer_value(points: Points, program: Program, layer: nn.Module, path: str, t
 
     It is remembered as long as the graph, but only if these weights and samples left no other choice.
     """
-    known = _values.of(points.route.verdict)
-    value = known.get((path, to_input))
+    remembered = _values.of(points.route.verdict)
+    value = remembered.get((path, to_input))
     if value is not None:
         return value
     value, unique = _locate(points, program, layer, path, to_input)
     if value is not None and unique:
-        known[path, to_input] = value
+        remembered[path, to_input] = value
     return value
 
 

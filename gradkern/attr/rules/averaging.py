@@ -297,7 +297,7 @@ class OverReferences(RuleMethod):
 
 
 LARGE = 0.01  # a delta above this share of the sum of the attributions' sizes is large
-CHECKED = 8  # the samples whose delta is computed although nobody asks for it
+CHECKED = 8  # the samples whose delta is always computed, to warn if it is large
 ROUNDING = 1e-4  # a smaller delta, as a share of the output, may be rounding
 
 
@@ -326,8 +326,8 @@ def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, star
     parts = times_change(*(tuple(z[few] for z in zs) for zs in (multipliers, rows, start)))
     missed = sum(sum_trailing_axes(p, 2) for p in parts) - (y - y_ref)
     rounding = max(ROUNDING, 16 * torch.finfo(y.dtype).eps)
-    known = (y - y_ref).isfinite() & ~(missed.abs() <= rounding * (y.abs() + y_ref.abs()))
-    say_if_large(fn, sizes_of(parts, 2)[known].nan_to_num(), missed[known].nan_to_num(nan=torch.inf))
+    inexact = (y - y_ref).isfinite() & ~(missed.abs() <= rounding * (y.abs() + y_ref.abs()))
+    say_if_large(fn, sizes_of(parts, 2)[inexact].nan_to_num(), missed[inexact].nan_to_num(nan=torch.inf))
 
 
 def sizes_of(maps: Tensors, axes: int) -> Tensor:

@@ -167,8 +167,8 @@ class DeepLift(OverReferences, stock.DeepLift):
         """The rule between the values at the samples and those ``before`` at ``start``, row by row."""
         constant = detached_values(chunk.program)
         if constant:  # equal at the reference and at the input, and so is everything that follows from them alone
-            known = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
-            before = Values(chunk.program, chunk.params, known)
+            given = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
+            before = Values(chunk.program, chunk.params, given)
         inputs, own = len(chunk.options["baselines"]), ruled_steps(chunk.program, model_of(self.forward_func))
         native = not chunk.by_reference
         return Rescale(chunk.program, chunk.params, values, before, self.eps, native, inputs, own)

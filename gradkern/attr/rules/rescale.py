@@ -202,13 +202,13 @@ def _on_tape(
             return normalize(tape, x, [form.axis + 1], form.params[0])[0]
         return (softmax_along if form.function == "softmax" else log_softmax_along)(tape, x, form.axis + 1)
     assert isinstance(form, Opaque)
-    known = dict(zip(step.inputs, args, strict=True))
+    by_value = dict(zip(step.inputs, args, strict=True))
     samples = x.shape[0]
 
     def leaf(item: Param | Value | Batch) -> InputAndReference | Tensor | int:
         if isinstance(item, Param):
             return rule.params[item.name]
-        return known[item.id] if isinstance(item, Value) else item.times * samples
+        return by_value[item.id] if isinstance(item, Value) else item.times * samples
 
     return evaluate(form.call, leaf, tape)
 

@@ -79,10 +79,11 @@ class Tape:
         """Pull the cotangent ``g [N, S, *out]`` of ``last`` back to ``first``: one ``[N, S, *in]`` each."""
         with torch.inference_mode(False), torch.enable_grad():
             changes = [torch.zeros_like(p.x, dtype=self.dtype, requires_grad=True) for p in first]
-            known = {p.slot: t for p, t in zip(first, changes, strict=True)}
+            change_of = {p.slot: t for p, t in zip(first, changes, strict=True)}
             for function, sources, slots in self.maps:
-                known.update(zip(slots, pytree.tree_leaves(function(*(known[s] for s in sources))), strict=True))
-            change = known[last.slot]
+                results = function(*(change_of[s] for s in sources))
+                change_of.update(zip(slots, pytree.tree_leaves(results), strict=True))
+            change = change_of[last.slot]
             if not change.requires_grad:
                 return [g.new_zeros(*g.shape[:2], *t.shape[1:]) for t in changes]
             seeds = g.clone().to(change.dtype).unbind(1)
@@ -372,17 +373,17 @@ def _is_view(op: Any) -> bool:
 
 def run_graph(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """The operations of a traced graph, run on the tape."""
-    known: dict[Any, Any] = {}
+    results: dict[Any, Any] = {}
     rest, gradients = iter(inputs), True
 
     def value(tree: Any) -> Any:
-        return torch.fx.node.map_arg(tree, lambda n: known[n])
+        return torch.fx.node.map_arg(tree, lambda n: results[n])
 
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            known[node] = next(rest)
+            results[node] = next(rest)
         elif node.op == "get_attr":
-            known[node] = getattr(module, node.target)
+            results[node] = getattr(module, node.target)
         elif node.op == "output":
             return value(node.args[0])
         elif node.target is torch._C._set_grad_enabled:
@@ -392,11 +393,11 @@ def run_graph(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any]) -
             if not gradients and pairs_in(arguments):  # the results are constants with their values at the input
                 tape.took_detached_as_constant = True
                 arguments = replace_pairs(arguments, [p.x for p in pairs_in(arguments)])
-            known[node] = tape(_out_of_place(node), *arguments[0], **arguments[1])
+            results[node] = tape(_out_of_place(node), *arguments[0], **arguments[1])
             if node.target._schema.is_mutable:
-                known[node.args[0]] = known[node]
+                results[node.args[0]] = results[node]
         elif getattr(node.target, "__name__", "") == "getitem":
-            known[node] = value(node.args[0])[node.args[1]]
+            results[node] = value(node.args[0])[node.args[1]]
         else:
             raise NoRule(str(node.target))
     raise NoRule("a graph without output")

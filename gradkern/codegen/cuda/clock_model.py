@@ -22,7 +22,7 @@ WARP = 32
 QUAD_COUNTS = (2, 3, 5, 6)  # the numbers of quads per lane that csrc/cuda/quads.cuh is compiled for
 QUAD_LANES = (4, 8, 16, 32)  # the numbers of lanes of a worker for quads
 DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # by the number of taps: instructions to find the one that a channel came from
-PARTIAL_SUMS = 4096  # the least elements of the region for a whole-block record, for parts of long sums
+PARTIAL_SUMS = 4096  # the least elements of the workspace for a whole-block record, for parts of long sums
 PACE = 0.33  # the share of the issue rate, and of the load unit's, that loops reach (measured: 0.2 to 0.5)
 BARRIER = 1500  # clocks from one record to the next (measured: 1200 to 2500)
 LOADED, STORED = 2.8, 0.65  # clocks for each number of an input, and of a result
@@ -121,7 +121,7 @@ class Work:
         work = items * op.O * loop(4 * height + 10, height / 4 + 2) / busy(items * parts, self.warps)
         if parts > 1:
             work += parts * (BARRIER + loop(12 * height, 2 * height))
-        spread = rows * op.O / WARP * loop(24, 2)  # the cotangents, transposed into the region
+        spread = rows * op.O / WARP * loop(24, 2)  # the cotangents, transposed into the workspace
         return (max(work, columns * op.O * self.itemsize / L2_PACE) + spread) / self.block
 
     def matmul(self, op: records.MatMul, copies: int) -> float:
@@ -166,7 +166,7 @@ class RunPrice:
 
     whole_block: bool  # whether it is a single record that takes the whole block
     work: Work
-    known: dict[tuple, float]  # prices of records: slices repeat theirs
+    record_prices: dict[tuple, float]  # by what they depend on, as slices repeat theirs
     ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)
     steps: dict[int, float] = field(default_factory=dict)  # prices of a step, by its number of samples
 
@@ -177,9 +177,9 @@ class RunPrice:
         work, total = replace(self.work, resident=resident, block=block), 0.0
         for op, what, forward, times in self.ops:
             key = (what, forward, work.tile, resident, block)
-            if key not in self.known:
-                self.known[key] = work.clocks(op, forward)
-            total += times * self.known[key]
+            if key not in self.record_prices:
+                self.record_prices[key] = work.clocks(op, forward)
+            total += times * self.record_prices[key]
         return total
 
     def step(self, samples: int) -> float:
@@ -286,7 +286,7 @@ def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: 
     workers, each = WARP // lanes, math.ceil(elements / lanes)
     walks = 1 if merged else planes
     live = channels * live_share(planes, pattern) / walks
-    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # roughly the largest of so many binomial counts
+    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # roughly the largest of `workers` binomial counts
     step = loop(
         (15.5 + 3 * each + 2.5 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live
     )

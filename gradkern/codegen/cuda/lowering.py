@@ -2,7 +2,7 @@
 
 A block takes a tile of samples through the whole chain in shared memory, which holds, in this order,
 
-* the *region*: scratch for buffers that live within one run of per-sample records, for as many samples as are
+* the *workspace*: scratch for buffers that live within one run of per-sample records, for as many samples as are
   *resident* at a time; a record that takes all samples at once (a linear layer) uses it for its temporary matrices;
 * for every sample, the buffers that outlive a run; those with disjoint lifetimes overlap;
 * for every sample, its bits.
@@ -66,9 +66,9 @@ def lay_out(e: Emitter) -> LaidOut:
 
 def place_buffers(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
     """The records with the places of buffers, and with how workers share the work."""
-    for buffer, life in passes.lives.items():
-        buffer.per_sample = life.run is None
-        buffer.base = arrangement.bases[buffer] + (tiling.region if buffer.per_sample else 0)
+    for buffer, lifetime in passes.lifetimes.items():
+        buffer.per_sample = lifetime.run is None
+        buffer.base = arrangement.bases[buffer] + (tiling.workspace if buffer.per_sample else 0)
     ops: list[Record] = []
     encoded: list[EncodedRecord] = []
     clocks: list[float] = []
@@ -92,7 +92,7 @@ def place_buffers(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrange
         encoded_forward=tuple(encoded[:n]),
         encoded_backward=tuple(encoded[n:]),
         sizes=CudaSizes(
-            region=tiling.region,
+            workspace=tiling.workspace,
             sample=arrangement.sample,
             bits=tiler.bit_bytes,
             samples=max(tiling.resident, default=1),

@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..records import DenseT, Record
-from ..scratch import Buffer, first_fit, round_up
+from ..scratch import Buffer, first_fit, round_up, runs_of
 from . import clock_model
 
 
 @dataclass(frozen=True)
-class Life:
+class Lifetime:
     """The records between which a buffer's content matters, and the run whose scratch holds it.
 
     There is no run if the content outlives one, or if a record of the whole block uses it.  Then every sample of the
@@ -27,7 +27,7 @@ class Life:
     last: int
     run: int | None
 
-    def meets(self, other: Life) -> bool:
+    def overlaps(self, other: Lifetime) -> bool:
         """Whether the two buffers, if both are in scratch or both are kept, must not overlap."""
         same_kind = (self.run is None) == (other.run is None)
         return same_kind and self.first <= other.last and other.first <= self.last
@@ -35,12 +35,12 @@ class Life:
 
 @dataclass(frozen=True)
 class Passes:
-    """The records of both passes, the run that each belongs to, and the life of every buffer in use."""
+    """The records of both passes, the run that each belongs to, and the lifetime of every buffer in use."""
 
     forward: tuple[Record, ...]
     backward: tuple[Record, ...]
     runs: tuple[int, ...]
-    lives: Mapping[Buffer, Life]
+    lifetimes: Mapping[Buffer, Lifetime]
 
     @classmethod
     def of(
@@ -57,15 +57,15 @@ class Passes:
             for buffer in op.buffers():
                 places.setdefault(buffer, []).append(i)
         cotangents = dict.fromkeys(b for op in backward for b in op.buffers() if b.cotangent)
-        lives: dict[Buffer, Life] = {}
+        lifetimes: dict[Buffer, Lifetime] = {}
         for buffer in (*(b for b in (*stores, *cotangents) if b in places), *saved):
             first, last = places[buffer][0], places[buffer][-1]
             if buffer in saved or (not buffer.cotangent and last >= len(forward)):
                 last = len(ops)  # the backward pass reads it for every tile of seeds
             used = {runs[i] for i in places[buffer]}
             kept = buffer in saved or len(used) > 1 or any(ops[i].whole_block for i in places[buffer])
-            lives[buffer] = Life(first, last, None if kept else used.pop())
-        return cls(tuple(forward), tuple(backward), tuple(runs), lives)
+            lifetimes[buffer] = Lifetime(first, last, None if kept else used.pop())
+        return cls(tuple(forward), tuple(backward), tuple(runs), lifetimes)
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -77,7 +77,7 @@ class Passes:
             yield op, run, i < len(self.forward)
 
     def temporary(self, block: int, tile: int) -> int:
-        """Elements of the region that whole-block records want."""
+        """Elements of the workspace that whole-block records want."""
         wanted = 0
         for op in self.records:
             if op.whole_block:
@@ -97,27 +97,19 @@ class Arrangement:
 
     @classmethod
     def of(cls, passes: Passes, tile: int) -> Arrangement:
-        """For ``tile`` seeds at a time; buffers whose lives overlap get disjoint places, the largest first."""
+        """For ``tile`` seeds at a time; buffers whose lifetimes overlap get disjoint places, the largest first."""
         sample, strides = 0, [0] * (max(passes.runs, default=0) + 1)
         bases: dict[Buffer, int] = {}
         ends: dict[Buffer, int] = {}
-        sized = [(b, b.elements * (tile if b.cotangent else 1)) for b in passes.lives]
+        sized = [(b, b.elements * (tile if b.cotangent else 1)) for b in passes.lifetimes]
         for buffer, size in sorted(sized, key=lambda x: -x[1]):
-            life = passes.lives[buffer]
-            bases[buffer] = first_fit(size, ((bases[b], ends[b]) for b in ends if life.meets(passes.lives[b])))
+            lifetime = passes.lifetimes[buffer]
+            taken = [(bases[b], ends[b]) for b in ends if lifetime.overlaps(passes.lifetimes[b])]
+            bases[buffer] = first_fit(size, taken)
             ends[buffer] = bases[buffer] + round_up(size, 4)
-            if life.run is None:
+            if lifetime.run is None:
                 sample = max(sample, ends[buffer])
             else:
-                strides[life.run] = max(strides[life.run], ends[buffer])
+                strides[lifetime.run] = max(strides[lifetime.run], ends[buffer])
         sample += (4 - sample) % clock_model.WARP if sample else 0  # neighbouring samples start four banks apart
         return cls(bases, tuple(strides), sample)
-
-
-def runs_of(forward: Sequence[Record], backward: Sequence[Record]) -> list[int]:
-    """The run that each record belongs to: a record that takes the whole block, or all records in between."""
-    run_numbers, run, ops = [], -1, (*forward, *backward)
-    for i, op in enumerate(ops):
-        run += bool(i in (0, len(forward)) or op.whole_block or ops[i - 1].whole_block)
-        run_numbers.append(run)
-    return run_numbers

@@ -30,7 +30,7 @@ class Tiling:
     seed_tile: int
     block: int  # samples
     resident: tuple[int, ...]  # samples in scratch together, for every run of records
-    region: int  # elements
+    workspace: int  # elements
     bytes: int
     cost: float  # clocks per sample, estimated
 
@@ -54,8 +54,8 @@ class Tiler:
         """How many tiles of seeds there are."""
         return math.ceil(self.seeds / tile) if self.seeds else 0
 
-    def bytes(self, region: int, sample: int, block: int) -> int:
-        return round_up((region + block * sample) * self.itemsize + block * self.bit_bytes, 16)
+    def bytes(self, workspace: int, sample: int, block: int) -> int:
+        return round_up((workspace + block * sample) * self.itemsize + block * self.bit_bytes, 16)
 
     def least_bytes(self, passes: Passes, arrangement: Arrangement, tile: int) -> int:
         """The shared memory that a single sample needs."""
@@ -83,14 +83,14 @@ class Tiler:
                 break
             room = (self.machine.shared_bytes - self.bytes(0, sample, block)) // self.itemsize
             wanted = max(needed, *(min(block, MAX_RESIDENT) * each for each in strides))
-            region = min(room // 4 * 4, round_up(wanted, 4))
-            most_resident = [min(block, MAX_RESIDENT, region // each if each else block) for each in strides]
+            workspace = min(room // 4 * 4, round_up(wanted, 4))
+            most_resident = [min(block, MAX_RESIDENT, workspace // each if each else block) for each in strides]
             each_run = zip(runs, most_resident, strict=True)
             options = [(run.price(0, block), 1) if run.whole_block else run.best(block, most) for run, most in each_run]
             cost = sum(clocks for clocks, _ in options)
             if best is None or cost < best.cost:
                 resident = tuple(n for _, n in options)
-                best = Tiling(tile, block, resident, region, self.bytes(region, sample, block), cost)
+                best = Tiling(tile, block, resident, workspace, self.bytes(workspace, sample, block), cost)
         return best
 
     def priced(self, passes: Passes, tile: int) -> list[clock_model.RunPrice]:

@@ -87,15 +87,15 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
     out = tuple(about["output"])
     axes = tuple(f"output_axis{k}" for k in range(len(out)))
     listed.append(Array("predictions", (n, *out), dtype_name(outcome.outputs.dtype), ("sample", *axes), chunk))
-    known = np.zeros((n, seeds))
+    targets = np.zeros((n, seeds))
     if outcome.targets is not None:
         listed.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
     else:
         indices = jacobian_choice(settings.targets)(1, out).indices
-        known = (torch.arange(seeds) if indices is None else indices).numpy()
-        listed.append(Array("targets", (seeds,), "int64", ("target",), content=known))
+        targets = (torch.arange(seeds) if indices is None else indices).numpy()
+        listed.append(Array("targets", (seeds,), "int64", ("target",), content=targets))
     if settings.names is not None:
-        of_rows(settings.names, known, out)
+        of_rows(settings.names, targets, out)
     if outcome.deltas is not None:
         listed.append(Array("deltas", (n, seeds), dtype_name(outcome.deltas.dtype), ("sample", "target"), chunk))
     listed += _labels(source, settings, out)

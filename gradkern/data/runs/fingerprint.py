@@ -56,11 +56,11 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
         digest.update(flat.view(torch.uint8).numpy().data if not flat.is_complex() else flat.numpy().tobytes())
 
 
-def of_source(samples: int, alone: Mapping[int, tuple[Tensor, ...]]) -> dict[str, Any]:
-    """Number of samples, shapes and dtypes, and a hash of the samples that were read ``alone`` [1, *in], by index."""
+def of_source(samples: int, rows_by_sample: Mapping[int, tuple[Tensor, ...]]) -> dict[str, Any]:
+    """Number of samples, shapes and dtypes, and a hash of the samples in ``rows_by_sample`` [1, *in], by index."""
     digest = hashlib.sha256()
     rows: tuple[Tensor, ...] = ()
-    for i, rows in alone.items():
+    for i, rows in rows_by_sample.items():
         for k, x in enumerate(rows):
             _add_tensor(digest, f"{i} {k}", x)
     return {

@@ -33,7 +33,7 @@ def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
 
 
 def unlike(pinned: Mapping[str, Any], other: Mapping[str, Any], *, plan: bool = True) -> list[str]:
-    """How another store's pinned settings differ, in words; the two results are then equal only within rounding.
+    """How another store's pinned settings differ; the two results are then equal only within rounding.
 
     ``plan`` as in `differences`.
     """
@@ -64,7 +64,7 @@ def pin_isa(wanted: str | None) -> None:
 
 
 def differences(pinned: Mapping[str, Any], probe: Probe, *, plan: bool = True) -> list[str]:
-    """The pinned settings that differ here, in words; the result is then equal only within rounding.
+    """The pinned settings that differ here; the result is then equal only within rounding.
 
     ``plan``: also compare the plans' keys, which makes sense only if both have the same version.
     """

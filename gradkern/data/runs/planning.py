@@ -17,6 +17,7 @@ from ..sources.padding import Pad
 from ..store.layout import dtype_name
 from ..store.results import Results
 from .forecast import Forecast, itemsize
+from .opening import open_run
 from .settings import settings_of
 from .shards import Shard, owned_chunks
 from .task import Task
@@ -42,7 +43,7 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         place = out if out is not None and Results.exists(out) else Path(folder, "plan.zarr")
         with Growth() as making:
-            task = Task.prepare(model, source, place, settings, columns=columns, input_dtype=input_dtype, pad=pad)
+            task = open_run(model, source, place, settings, columns=columns, input_dtype=input_dtype, pad=pad)
             done = task.results.ledger.finished()
             todo = [c for c in owned_chunks(task.results.chunks, shard) if c not in done]
             forecast = task.forecast(todo)
@@ -96,9 +97,9 @@ def _try(task: Task, samples: int) -> Trial:
 def _held_bytes(task: Task, chunks: int) -> int:
     """Bytes of chunks and statistics in memory while the engine computes."""
     probe, dtype = task.probe, task.settings.dtype
-    each = min(chunks, READ) * probe.alone.copied_bytes
+    each = min(chunks, READ) * probe.spot_samples.copied_bytes
     if task.settings.maps:
-        each += (min(chunks, KEPT) + (task.pool is None or task.batch < task.results.chunk)) * probe.map_bytes
+        each += (min(chunks, KEPT) + (task.buffers is None or task.batch < task.results.chunk)) * probe.map_bytes
         narrowed = sum(m[0].numel() for m in probe.outcome.maps if dtype_name(m.dtype) != dtype)
         each += min(chunks, WRITTEN) * narrowed * itemsize(dtype)
     return each * task.results.chunk + min(RECORDS, 3 + chunks) * probe.sums_bytes(task.settings.reductions)

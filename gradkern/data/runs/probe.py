@@ -42,7 +42,7 @@ class Probe:
     outcome: methods.Outcome
     inputs: tuple[Tensor, ...]
     rate: float
-    alone: SpotSamples  # the samples that were read
+    spot_samples: SpotSamples  # the samples that were read
     way: Way | None = None  # the way that gradients go, if kernels and autograd were compared
     sums_only: bool = False  # kernels add the maps to statistics, and keep none
 
@@ -91,15 +91,17 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
+def probe_run(
+    model: nn.Module, spot_samples: SpotSamples, samples: int, settings: Settings, pinned: Engine | None
+) -> Probe:
     """Capture, and run the method on a few of the samples that were read, which are spread over all ``samples``.
 
     ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
     chunks, in all processes, go the same way.
     """
     device = device_of(model)
-    chosen = choose_samples(model, alone, device)
-    inputs = _join_samples(alone, chosen, device)
+    chosen = choose_samples(model, spot_samples, device)
+    inputs = _join_samples(spot_samples, chosen, device)
     check_count(model, inputs)
     check_dtypes(model, inputs)
     method = methods.find(settings.method, settings.arguments)
@@ -117,14 +119,14 @@ def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Sett
     targets = targets_of(settings.targets, chosen, samples)
     batch = methods.Batch(model, inputs, targets, engine, arguments)
     outcome = method(batch)  # warms up
-    way = faster_way(model, alone, outcome.maps[0].shape[1]) if chooses else None
+    way = faster_way(model, spot_samples, outcome.maps[0].shape[1]) if chooses else None
     begin = time.perf_counter()
     with ways.pinned(way):
         method(batch)
     rate = len(chosen) / (time.perf_counter() - begin)
     with ways.pinned(way):
         sums_only = settings.sums_alone and outcome.targets is None and adds_up(method, batch)
-    return Probe(program, engine, outcome, inputs, rate, alone, way, sums_only)
+    return Probe(program, engine, outcome, inputs, rate, spot_samples, way, sums_only)
 
 
 def adds_up(method: methods.Method, batch: methods.Batch) -> bool:
@@ -171,9 +173,9 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
         ) from error
 
 
-def faster_way(model: nn.Module, alone: SpotSamples, seeds: int) -> Way | None:
+def faster_way(model: nn.Module, spot_samples: SpotSamples, seeds: int) -> Way | None:
     """The faster way for gradients of ``seeds`` outputs, measured on samples spread over the source."""
-    inputs = _join_samples(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
+    inputs = _join_samples(spot_samples, list(spot_samples.rows)[: ways.MOST_SAMPLES], device_of(model))
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
@@ -181,30 +183,29 @@ def faster_way(model: nn.Module, alone: SpotSamples, seeds: int) -> Way | None:
     return None if timed is None else timed.way
 
 
-def choose_samples(model: nn.Module, alone: SpotSamples, device: torch.device) -> list[int]:
+def choose_samples(model: nn.Module, spot_samples: SpotSamples, device: torch.device) -> list[int]:
     """The indices of a few samples, spread over the source, whose output depends on them.
 
     A sample that is all zero, or at which every unit is off, shows neither a wrong derivative nor mixed samples.
     """
-    indices = list(alone.rows)
+    indices = list(spot_samples.rows)
     for i in indices[1:]:
-        _check_shapes(alone, indices[0], i)
+        _check_shapes(spot_samples, indices[0], i)
     order = [i for step in range(-(-len(indices) // PROBED)) for i in indices[step :: -(-len(indices) // PROBED)]]
-    order.sort(key=lambda i: not any(_varies(x) for x in alone.rows[i]))  # stable: those that vary come first
+    order.sort(key=lambda i: not any(_varies(x) for x in spot_samples.rows[i]))  # stable: those that vary come first
     chosen: list[int] = []
     for at in range(0, len(order), PROBED):
         tried = order[at : at + PROBED]
-        chosen += [
-            i for i, alive in zip(tried, _alive(model, _join_samples(alone, tried, device)), strict=True) if alive
-        ]
+        inputs = _join_samples(spot_samples, tried, device)
+        chosen += [i for i, alive in zip(tried, _alive(model, inputs), strict=True) if alive]
         if len(chosen) >= PROBED:
             break
     rest = [i for i in order if i not in chosen]
     return sorted([*chosen, *rest][:PROBED])
 
 
-def _check_shapes(alone: SpotSamples, first: int, other: int) -> None:
-    for x, y in zip(alone.rows[first], alone.rows[other], strict=True):
+def _check_shapes(spot_samples: SpotSamples, first: int, other: int) -> None:
+    for x, y in zip(spot_samples.rows[first], spot_samples.rows[other], strict=True):
         if x.shape[1:] != y.shape[1:]:
             raise BadValue(
                 f"source: the samples have different shapes: sample {first} has {list(x.shape[1:])}, sample {other} "
@@ -212,8 +213,8 @@ def _check_shapes(alone: SpotSamples, first: int, other: int) -> None:
             )
 
 
-def _join_samples(alone: SpotSamples, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(parts).to(device) for parts in zip(*(alone.rows[i] for i in chosen), strict=True))
+def _join_samples(spot_samples: SpotSamples, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(parts).to(device) for parts in zip(*(spot_samples.rows[i] for i in chosen), strict=True))
 
 
 def _varies(x: Tensor) -> bool:

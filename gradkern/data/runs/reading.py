@@ -21,7 +21,7 @@ from ..store.checks import UNKNOWN, checksum
 from ..store.results import Results
 from .fingerprint import Mismatch
 
-ALONE = 32  # samples that are read alone
+SPOT_SAMPLES = 32  # samples that are read alone
 SHOWN = 5
 
 
@@ -42,7 +42,7 @@ class SpotSamples:
 
     @classmethod
     def of(cls, source: Source) -> SpotSamples:
-        return cls({i: source.read(i, i + 1) for i in spread_indices(ALONE, source.samples)})
+        return cls({i: source.read(i, i + 1) for i in spread_indices(SPOT_SAMPLES, source.samples)})
 
     @property
     def copied_bytes(self) -> int:
@@ -73,8 +73,8 @@ class SpotSamples:
 class Reading:
     """Reads chunks of a source, with these checks; with ``trust``, without them and without checksums."""
 
-    def __init__(self, source: Source, results: Results, alone: SpotSamples, trust: bool) -> None:
-        self.source, self.results, self.alone, self.trust = source, results, alone, trust
+    def __init__(self, source: Source, results: Results, spot_samples: SpotSamples, trust: bool) -> None:
+        self.source, self.results, self.spot_samples, self.trust = source, results, spot_samples, trust
 
     def stream(self, chunks: Sequence[int]) -> Generator[tuple[tuple[Tensor, ...], int], None, None]:
         """The inputs of one chunk after the other, each with its checksum."""
@@ -89,18 +89,18 @@ class Reading:
     def _checked(self, rows: tuple[Tensor, ...], start: int, stop: int) -> int:
         if self.trust:
             return UNKNOWN
-        self.alone.check(rows, start, stop)
+        self.spot_samples.check(rows, start, stop)
         return _checksum(rows)
 
     def check_finished(self, chunks: Iterable[int]) -> None:
         """Read finished chunks again.  Raises `Mismatch` if they were computed from other samples than these."""
         if self.trust:
             return
-        known = self._known()
-        todo = [c for c in chunks if known.get(c, UNKNOWN) != UNKNOWN]
+        recorded = self._recorded_checksums()
+        todo = [c for c in chunks if recorded.get(c, UNKNOWN) != UNKNOWN]
         changed: list[Span] = []
         for chunk, (_, fingerprint) in zip(todo, self.stream(todo), strict=True):
-            if fingerprint != known[chunk]:
+            if fingerprint != recorded[chunk]:
                 changed.append(self.results.span(chunk))
         if changed:
             spans = ", ".join(f"{a} … {b - 1}" for a, b in changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
@@ -110,7 +110,7 @@ class Reading:
                 "another place (gradkern never deletes results)."
             )
 
-    def _known(self) -> dict[int, int]:
+    def _recorded_checksums(self) -> dict[int, int]:
         ledger = self.results.ledger
         return {
             chunk: int(value)

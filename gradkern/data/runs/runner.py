@@ -29,11 +29,13 @@ from ...util.progress import showing_progress
 from ..sources.padding import Pad
 from ..store import locks
 from ..store.results import Results
+from .opening import open_run
 from .progress import progress_bar
 from .settings import RunOptions, Settings, settings_of
 from .shards import Shard, owned_chunks
 from .task import Computed, Task
 from .transfer import Ready
+from .writing import to_stored, with_checksums
 
 log = logging.getLogger("gradkern.data")
 
@@ -115,7 +117,7 @@ def run(
     if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
         settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
     with disk_full(out):
-        task = Task.prepare(
+        task = open_run(
             model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by, pad=pad
         )
         task.results.check_files()
@@ -197,8 +199,8 @@ def _fill(task: Task, todo: Sequence[int], advance: Callable[[int], object]) -> 
         return task.transfer.upload(rows), checksum
 
     def write(computed: Computed, checksum: int) -> None:
-        stored, lost = task.stored(computed.rows())
-        record = task.record(computed, stored, checksum, lost)
+        stored, lost = to_stored(computed.rows(), task.maps_dtype)
+        record = with_checksums(computed.record, stored, checksum, lost)
         results.write(computed.chunk, stored)
         computed.release()
         with lock:

@@ -1,7 +1,12 @@
-"""Copies to the model's device and back.  On CUDA they use pinned memory and their own stream, to overlap with work."""
+"""Copies to the model's device and back, and memory for maps.
+
+On CUDA, copies use pinned memory and their own stream, to overlap with work.
+"""
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,3 +61,21 @@ class Transfer:
             return kept
 
         return ready
+
+
+class MapBuffers:
+    """Page-aligned memory for maps, which is reused: fresh memory costs a page fault for every 4 KiB of it."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
+        self.shapes, self.dtypes = shapes, dtypes
+        self.free: list[tuple[Tensor, ...]] = []
+
+    def take(self) -> tuple[Tensor, ...]:
+        try:
+            return self.free.pop()
+        except IndexError:
+            pairs = zip(self.shapes, self.dtypes, strict=True)
+            return tuple(torch.frombuffer(mmap.mmap(-1, math.prod(s) * d.itemsize), dtype=d).view(s) for s, d in pairs)
+
+    def give(self, memory: tuple[Tensor, ...]) -> None:
+        self.free.append(memory)

@@ -18,12 +18,14 @@ from .. import statistics
 from ..sources import Source, Span, open_source
 from ..store import checks, durable, labels, layout, locks
 from ..store.durable import Damaged
-from ..store.ledger import ChunkRecord, Lost, TreeNode
+from ..store.ledger import ChunkRecord, RecordLost, TreeNode
 from ..store.results import Results
 from .fingerprint import Mismatch
+from .opening import open_run
 from .runner import compute_missing, disk_full
 from .settings import Settings
 from .task import Task
+from .writing import to_stored
 
 ROOT = "zarr.json"
 SPANS = "chunks/c.0.0"
@@ -179,7 +181,7 @@ def _records(results: Results) -> tuple[dict[TreeNode, ChunkRecord], dict[TreeNo
                 record = ledger.read(node)
                 records[node] = ChunkRecord({}, record.facts, record.checks, record.chunks)
             except Damaged as error:
-                lost[node], missing = ledger.span(node), missing or isinstance(error, Lost)
+                lost[node], missing = ledger.span(node), missing or isinstance(error, RecordLost)
         if not missing or nodes == before:
             return records, lost
         before, nodes = nodes, ledger.nodes()  # a run at work may have joined them
@@ -193,25 +195,25 @@ def _damaged_chunks(
     short = results.short_files()
     for node, record in records.items():
         for i, chunk in enumerate(results.ledger.span(node)):
-            known = {name: int(value[i]) for name, value in record.checks.items()}
-            unchecked += all(value == checks.UNKNOWN for name, value in known.items() if name != "source")
+            recorded = {name: int(value[i]) for name, value in record.checks.items()}
+            unchecked += all(value == checks.UNKNOWN for name, value in recorded.items() if name != "source")
             names = tuple(
                 name
                 for name in results.arrays()
-                if (name, chunk) in short or not _as_written(results, name, chunk, known.get(name, checks.UNKNOWN))
+                if (name, chunk) in short or not _as_written(results, name, chunk, recorded.get(name, checks.UNKNOWN))
             )
             if names:
                 damaged[chunk] = names
     return damaged, unchecked
 
 
-def _as_written(results: Results, name: str, chunk: int, known: int) -> bool:
+def _as_written(results: Results, name: str, chunk: int, recorded: int) -> bool:
     start, stop = results.span(chunk)
     try:
         rows = np.asarray(results.array(name)[start:stop])
     except Exception:  # whatever a codec says to bytes that are not its own
         return False
-    return known in (checks.UNKNOWN, checks.checksum([rows]))
+    return recorded in (checks.UNKNOWN, checks.checksum([rows]))
 
 
 def _damaged_reductions(results: Results) -> tuple[str, ...]:
@@ -309,7 +311,7 @@ def _redo(
     lost = {c for span in verdict.records.values() for c in span}
     if verdict.finished:
         lost |= set(range(results.chunks)) - results.ledger.finished()
-    task = Task.prepare(model, source, results.place, settings or settings_of_store(results.about))
+    task = open_run(model, source, results.place, settings or settings_of_store(results.about))
     results = task.results
     for node in verdict.records:
         durable.delete(results.store, results.ledger.key(node))
@@ -328,20 +330,20 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
     ledger = task.results.ledger
     node = next(n for n in ledger.nodes() if chunk in ledger.span(n))
     record, at = ledger.read(node), chunk - ledger.span(node)[0]
-    known = {name: int(value[at]) for name, value in record.checks.items()}
+    recorded = {name: int(value[at]) for name, value in record.checks.items()}
     rows, read = next(task.reading.stream([chunk]))
-    if checks.UNKNOWN not in (read, known.get("source", checks.UNKNOWN)) and read != known["source"]:
+    if checks.UNKNOWN not in (read, recorded.get("source", checks.UNKNOWN)) and read != recorded["source"]:
         start, stop = task.results.span(chunk)
         raise Mismatch(f"{task.results.place}: the samples {start} … {stop - 1} were others when they were computed.")
     computed = task.compute(chunk, task.transfer.upload(rows))
-    stored, _ = task.stored(computed.rows())
+    stored, _ = to_stored(computed.rows(), task.maps_dtype)
     task.results.write(chunk, {name: stored[name] for name in names})
     checksums = {name: checks.checksum([stored[name]]) for name in names}
     computed.release()
-    others = {name: value for name, value in checksums.items() if value != known.get(name, checks.UNKNOWN)}
+    others = {name: value for name, value in checksums.items() if value != recorded.get(name, checks.UNKNOWN)}
     if others:
-        told = [] if all(known.get(n, checks.UNKNOWN) == checks.UNKNOWN for n in others) else ["repaired, other bits"]
-        ledger.amend(chunk, others, task.notes or told)
+        differs = any(recorded.get(name, checks.UNKNOWN) != checks.UNKNOWN for name in others)
+        ledger.amend(chunk, others, task.notes or (["repaired, other bits"] if differs else []))
 
 
 def settings_of_store(about: Mapping[str, Any]) -> Settings:

@@ -1,6 +1,6 @@
 """Reads ``.csv`` and ``.tsv``, and finds out whether the first line holds names or a sample.
 
-pandas takes the first line for names.  In a file without names this would lose the first sample without a word, so it
+pandas takes the first line for names.  In a file without names this would silently lose the first sample, so it
 is read as a sample if all of it is numbers, and refused where numbers may be names.
 """
 

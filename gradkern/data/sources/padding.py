@@ -144,7 +144,7 @@ def _shapes(source: Ragged) -> list[Tensor]:
 
 
 def taken_by(model: Any, inputs: int) -> tuple[str, ...]:
-    """The arguments in `TAKEN` that a model's ``forward`` takes after so many inputs."""
+    """The arguments in `TAKEN` that a model's ``forward`` takes after its ``inputs`` inputs."""
     try:
         names = list(inspect.signature(getattr(model, "forward", model)).parameters)[inputs:]
     except (TypeError, ValueError):

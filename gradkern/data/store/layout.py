@@ -54,7 +54,7 @@ def reduction_key(reduction: str, inputs: Sequence[str], of: int) -> str:
 
 
 def chunk_key(name: str, chunk: int, axes: int) -> str:
-    """The file of a chunk of rows, for an array with so many axes."""
+    """The file of a chunk of rows, for an array with ``axes`` axes."""
     return f"{name}/c." + ".".join([str(chunk), *["0"] * (axes - 1)])
 
 

@@ -33,7 +33,7 @@ NAMED = 8  # the most samples that a record names
 TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
 
 
-class Lost(Damaged, FileNotFoundError):
+class RecordLost(Damaged, FileNotFoundError):
     """A record that is not there; another process may have joined it to its neighbour since it was listed."""
 
 
@@ -128,7 +128,9 @@ class Ledger:
     def read(self, node: TreeNode) -> ChunkRecord:
         content = durable.get(self.store, self.key(node))
         if content is None:
-            raise Lost(f"the store has lost its record {self.key(node)}. `gradkern verify` says what it stood for.")
+            raise RecordLost(
+                f"the store has lost its record {self.key(node)}. `gradkern verify` says what it stood for."
+            )
         try:
             return ChunkRecord.from_bytes(content, len(self.span(node)))
         except ValueError as error:
@@ -149,8 +151,8 @@ class Ledger:
         record = self.read(node)
         entered = {name: value.copy() for name, value in record.checks.items()}
         for name, value in checks.items():
-            known = entered.setdefault(name, np.full(record.chunks, UNKNOWN, np.uint32))
-            known[chunk - self.span(node)[0]] = value
+            entries = entered.setdefault(name, np.full(record.chunks, UNKNOWN, np.uint32))
+            entries[chunk - self.span(node)[0]] = value
         facts = {**record.facts, "notes": sorted({*record.facts["notes"], *notes})}
         durable.put(self.store, self.key(node), replace(record, checks=entered, facts=facts).to_bytes())
 
@@ -210,7 +212,7 @@ class Ledger:
         while True:
             try:
                 return {n: self.read(n) for n in nodes}
-            except Lost:
+            except RecordLost:
                 before, nodes = nodes, self.nodes()
                 if nodes == before:
                     raise

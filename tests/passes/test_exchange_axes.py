@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import gradkern
 from gradkern.ir.program import Contract, Index, Program, Windows
-from gradkern.passes import turning
-from gradkern.passes.turning import has_long_rows, turn
+from gradkern.passes import exchange_axes as module
+from gradkern.passes.exchange_axes import exchange_axes, has_long_rows
 from gradkern.runtime import reference
 from tests.support import capturing, oracle
 from tests.support.random_programs import Network, programs
@@ -59,21 +59,21 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_windows_along_rows_are_turned(name: str) -> None:
+def test_windows_along_rows_are_exchanged(name: str) -> None:
     model, x = time_along_rows(*NETWORKS[name]), torch.randn(3, 1, 30, 3, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     assert long_rows(program) == 1
-    assert long_rows(turn(program)) == 0
-    assert turn(program).output_shape == program.output_shape
+    assert long_rows(exchange_axes(program)) == 0
+    assert exchange_axes(program).output_shape == program.output_shape
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
 
 
-def test_joined_electrodes_are_turned_without_copies_inside() -> None:
+def test_joined_electrodes_are_exchanged_without_copies_inside() -> None:
     model, x = time_along_rows(*NETWORKS["electrodes joined"]), torch.randn(2, 1, 30, 3, dtype=torch.float64)
-    turned = turn(capturing.to_program(model, (x,)))
-    assert [type(s.form) for s in turned.steps].count(Index) == 1  # the input
-    maps = [step.form.map for step in turned.steps if isinstance(step.form, Contract)]
+    exchanged = exchange_axes(capturing.to_program(model, (x,)))
+    assert [type(s.form) for s in exchanged.steps].count(Index) == 1  # the input
+    maps = [step.form.map for step in exchanged.steps if isinstance(step.form, Contract)]
     assert [w.kernel for w in maps if isinstance(w, Windows)] == [(1, 9), (3, 1)]
 
 
@@ -84,18 +84,18 @@ def test_other_networks_stay_as_they_are() -> None:
         (nn.Conv2d(1, 4, (9, 1)), (1, 30, 1)),  # rows without columns are neighbours
     ):
         program = capturing.to_program(nn.Sequential(layer, nn.ReLU()).eval(), (torch.randn(2, *shape),))
-        assert turn(program) is program
+        assert exchange_axes(program) is program
 
 
 @settings(max_examples=max(1, int(os.environ.get("GRADKERN_FUZZ", 400)) // 4), deadline=None)
 @given(programs(foreign=True))
-def test_random_programs_turn_exactly(network: Network) -> None:
+def test_random_programs_stay_the_same(network: Network) -> None:
     with pytest.MonkeyPatch.context() as patch:  # windows of the generator are short
-        patch.setattr(turning, "LONG", 2)
-        patch.setattr(turning, "FEW_NUMBERS", 100)
-        turned = turning.TurningWriter(network.program).write()
-    if turned == network.program:
+        patch.setattr(module, "LONG", 2)
+        patch.setattr(module, "FEW_NUMBERS", 100)
+        exchanged = module.AxisExchange(network.program).write()
+    if exchanged == network.program:
         return
     params, inputs = network.params(), network.inputs(2)
-    want, got = (reference.jacobian(p, params, inputs) for p in (network.program, turned))
+    want, got = (reference.jacobian(p, params, inputs) for p in (network.program, exchanged))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)

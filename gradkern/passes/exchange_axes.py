@@ -1,9 +1,9 @@
-"""Turning: a network with time along rows, ``[C, T, E]`` with windows ``k×1``, becomes one with time along columns.
+"""Exchanges rows and columns: time along rows, ``[C, T, E]`` with windows ``k×1``, becomes time along columns.
 
 The CPU kernels store a value as ``[row][column][channel]``.  The numbers of a window 1×k over few channels are then
 neighbours, and those of a window k×1 are rows apart, so that each is loaded and stored by itself.  Networks for EEG are
 often written with windows k×1 over one channel.  Exchanging rows and columns of all values around such windows costs
-nothing inside of the network, and copies where it begins and ends; once an axis is pooled to length one, not even that.
+nothing inside the network, and a copy at either end, or none where an axis has been pooled to length one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LONG = 8  # numbers of a window along rows that are worth copies
 
 EXCHANGED = (0, 2, 1)
 
-_turned: Memo[ir.Program] = Memo(256)
+_exchanged: Memo[ir.Program] = Memo(256)
 
 
-def turn(program: ir.Program) -> ir.Program:
+def exchange_axes(program: ir.Program) -> ir.Program:
     """``program`` with rows and columns exchanged around long windows along rows; unchanged if there are none."""
     if not any(has_long_rows(program, step) for step in program.steps):
         return program
-    return _turned.get_or_make(program.key, lambda: TurningWriter(program).write())
+    return _exchanged.get_or_make(program.key, lambda: AxisExchange(program).write())
 
 
 def has_long_rows(program: ir.Program, step: ir.Step) -> bool:
@@ -39,7 +39,7 @@ def has_long_rows(program: ir.Program, step: ir.Step) -> bool:
     return False
 
 
-def exchanged(form: ir.Form, shape: ir.Shape) -> ir.Form | None:
+def exchanged_form(form: ir.Form, shape: ir.Shape) -> ir.Form | None:
     """A form over values ``[C, H, W]`` as one over ``[C, W, H]``; None if there is none.  ``shape``: of the result."""
     if len(shape) != 3:
         return None
@@ -59,21 +59,21 @@ def _windows(w: ir.Windows) -> ir.Windows:
     return ir.Windows(w.kernel[::-1], w.stride[::-1], w.padding[::-1], w.dilation[::-1], w.groups)
 
 
-class TurningWriter:
-    """Rewrites a program.  ``plain`` and ``turned``: the new values of an old one, as it was and exchanged."""
+class AxisExchange:
+    """Rewrites a program.  ``plain`` and ``exchanged``: the new values of an old one, as it was and exchanged."""
 
     def __init__(self, program: ir.Program) -> None:
         self.program, self.base = program, len(program.inputs)
         self.steps: list[ir.Step] = []
-        self.plain, self.turned = {v: v for v in range(self.base)}, dict[int, int]()
+        self.plain, self.exchanged = {v: v for v in range(self.base)}, dict[int, int]()
 
     def write(self) -> ir.Program:
         for v, step in enumerate(self.program.steps, start=self.base):
-            form = exchanged(step.form, step.shape)
+            form = exchanged_form(step.form, step.shape)
             long = has_long_rows(self.program, step)
             if form is not None and (long or any(x not in self.plain for x in step.inputs)):
-                reads = tuple(self.exchange(x, self.plain, self.turned, step) for x in step.inputs)
-                self.turned[v] = self.emit(replace(step, form=form, inputs=reads, shape=_swapped(step.shape)))
+                reads = tuple(self.get(x, self.plain, self.exchanged, step) for x in step.inputs)
+                self.exchanged[v] = self.emit(replace(step, form=form, inputs=reads, shape=_swapped(step.shape)))
             else:
                 number = {x: self.as_plain(x, step) for x in step.inputs}
                 self.plain[v] = self.emit(renumber(step, number))
@@ -85,13 +85,13 @@ class TurningWriter:
         return self.base + len(self.steps) - 1
 
     def as_plain(self, value: int, like: ir.Step) -> int:
-        return self.exchange(value, self.turned, self.plain, like)
+        return self.get(value, self.exchanged, self.plain, like)
 
-    def exchange(self, value: int, made: dict[int, int], other: dict[int, int], like: ir.Step) -> int:
+    def get(self, value: int, made: dict[int, int], other: dict[int, int], like: ir.Step) -> int:
         """The new value in ``other``, made from that in ``made`` if need be, for a step ``like``."""
         if value not in other:
             shape = self.program.shape(value)
-            if made is self.turned:
+            if made is self.exchanged:
                 shape = _swapped(shape)
             # An axis of length one makes the order the same.
             form = ir.View() if 1 in shape[1:] else ir.Index((indexing.identity(shape, EXCHANGED),))
