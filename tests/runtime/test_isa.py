@@ -18,7 +18,7 @@ CPUINFO = Path("/proc/cpuinfo")
 #: The instruction sets of an x86 build, best first, and the processor's flags that each needs.
 NEEDS: dict[str, set[str]] = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi1", "bmi2", "popcnt"},
-    "avx2": {"avx2", "fma", "bmi1", "bmi2", "popcnt"},
+    "avx2": {"avx2", "fma", "bmi1", "bmi2", "popcnt", "aes"},
     "avx": {"avx", "popcnt"},
     "portable": set(),
 }
