@@ -21,6 +21,8 @@ GK_INLINE HashLanes hash_step(HashLanes lane, HashLanes word) {
 typedef __m128i HashLanes;
 typedef long long HashWords __attribute__((vector_size(sizeof(__m128i)), aligned(1), may_alias));
 GK_INLINE HashLanes hash_step(HashLanes lane, HashLanes word) {
+  // The word goes in before the round, as in the other steps, so that the last words of a range, which take the scalar
+  // step, cannot undo it.  Without a round key, sixteen equal bytes would stay equal.
   return _mm_aesenc_si128(lane ^ word, _mm_set1_epi64x(0x7f4a7c159e3779b9ll));
 }
 #else
