@@ -17,6 +17,8 @@ from torch import fx
 from torch.autograd import grad_mode
 
 from ..util.torch_compat import keeper_of
+from .graph_walk import reaching
+from .parameter_writes import make_functional
 from .refusal import NoProgram, location
 
 _SET_GRAD = torch._C._set_grad_enabled
@@ -39,6 +41,7 @@ def make_explicit(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.Gra
     for node in module.graph.nodes:
         if reason := _refusal(node):
             raise NoProgram(f"{reason}{location(node)}")
+    make_functional(module.graph, inputs)
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
     if not results or results[0].target != "clone":
         raise NoProgram("its output is not one tensor")
@@ -59,17 +62,6 @@ def _kept(module: fx.GraphModule, results: Sequence[Any], inputs: Collection[fx.
     kept.graph.eliminate_dead_code()
     kept.recompile()
     return kept
-
-
-def reaching(output: fx.Node) -> set[fx.Node]:
-    """The nodes that ``output`` depends on."""
-    reached, stack = set(), [output]
-    while stack:
-        node = stack.pop()
-        if node not in reached:
-            reached.add(node)
-            stack.extend(node.all_input_nodes)
-    return reached
 
 
 def _keeper(result: fx.Node) -> str:
