@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.zoo import table
-from benchmarks.zoo.network import batched, class_loop, flat_output, interval, kind
+from benchmarks.zoo.network import batched, class_loop, cpu_seconds, flat_output, interval, kind
 from benchmarks.zoo.networks import Apply, build, names, randomized
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,14 @@ def test_peers_agree_and_the_interval_holds_the_median() -> None:
     assert torch.allclose(class_loop(net, x, [2, 0]), batched(net, x, [2, 0]))
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert low <= 3.0 <= high
+
+
+def test_a_clock_that_stands_still_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([1.0, 1.0, 1.0, 1.5, 1.5])
+    monkeypatch.setattr(time, "process_time", lambda: next(ticks))
+    calls: list[int] = []
+    assert cpu_seconds(lambda: calls.append(1), times=1) == 0.5 / 3
+    assert len(calls) == 3
 
 
 def test_outputs_are_flattened_and_kinds_are_told_apart() -> None:
