@@ -294,8 +294,9 @@ def _by_program(
     setup = _call_setup(request, route, captured)
     way = _way(request, route, captured, setup)
     if way != "kernels":
-        profile = _profile_of_program(request, route)
-        return eager.run_as_measured(request, profile, start, results, setup.seeds.count, batched=way == "batched")
+        profile, batched = _profile_of_program(request, route), way == "batched"
+        with _restored(route, profile):
+            return eager.run_as_measured(request, profile, start, results, setup.seeds.count, batched=batched)
     whole = (
         None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, captured, setup)
     )
@@ -345,9 +346,13 @@ def _way(request: Request, route: Route, captured: BoundProgram, setup: CallSetu
 
 def _timing(request: Request, route: Route, captured: BoundProgram, setup: CallSetup) -> Timing:
     """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
-    return ways.timings.get_or_make(
-        setup.timing_key, lambda: ways.measure(request, captured, setup, _profile_of_program(request, route))
-    )
+
+    def measure() -> Timing:
+        profile = _profile_of_program(request, route)
+        with _restored(route, profile):
+            return ways.measure(request, captured, setup, profile)
+
+    return ways.timings.get_or_make(setup.timing_key, measure)
 
 
 def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, setup: CallSetup) -> JacobianResult | None:
@@ -410,10 +415,9 @@ def timing(request: Request, route: Route) -> Timing | None:
 
 
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:
-    """The profile on autograd of a model that has a Program: its samples do not mix, and it changes no buffers."""
+    """The profile on autograd of a model that has a Program: its samples do not mix, whatever it keeps in buffers."""
     profile = route.entry.profile or _profile(request, route)
-    separable = not profile.whole_batch_reason and not profile.mutates
-    return profile if separable else replace(profile, whole_batch_reason="", mutates=False)
+    return replace(profile, whole_batch_reason="") if profile.whole_batch_reason else profile
 
 
 def _on_autograd(

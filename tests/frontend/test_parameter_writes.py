@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import gradkern
 from gradkern import GradkernWarning
+from gradkern.dispatch import ways
+from gradkern.dispatch.ways import measure
 from tests.support import oracle
 
 
@@ -122,3 +124,29 @@ def test_other_writes_are_left_to_autograd(write: Callable[[Written, Tensor], Te
     net = Written(write).eval()
     with pytest.warns(GradkernWarning, match="in place|changes|random"):
         assert gradkern.prepare(net, torch.randn(6, 4)).program is None
+
+
+class Filter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = nn.Parameter(torch.rand(4))
+        self.register_buffer("window", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.window = torch.exp(-self.width)
+        return (x * self.window).square()
+
+
+@pytest.mark.parametrize("way", ["loop", "measured"])
+def test_a_buffer_that_a_forward_replaces_is_put_back(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Filter().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    assert gradkern.prepare(net, x).program is not None
+    before = net.window
+    if way == "measured":
+        monkeypatch.setattr(ways, "measure", measure)
+        gradkern.explain(net, x, show=False)
+    else:
+        with ways.pinned("loop"):
+            gradkern.jacobian(net, x, engine="kernel")
+    assert net.window is before
+    assert torch.equal(copy.deepcopy(net).window, torch.ones(4))
