@@ -27,8 +27,10 @@ _OPERATORS = {
 
 def make_functional(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     """Replace such writes by values, in place.  Writes of what depends on ``inputs``, to part of a tensor, or to a
-    tensor that has other views or that the forward keeps in an attribute, are left as they are."""
-    kept = set(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
+    tensor that has other views are left as they are, and so are all if the forward keeps tensors in attributes."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    if len(output.args[0]) > 1:  # what is kept is computed at every call, which may cost more than the kernels save
+        return
     parameters = [n for n in graph.nodes if n.op == "placeholder" and isinstance(_value(n), nn.Parameter)]
     parameter_of = {n: n for n in parameters}  # aliases are added
     written: dict[fx.Node, fx.Node] = {}  # the present value of a tensor that has been written
@@ -44,7 +46,7 @@ def make_functional(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
         name = _name(node)
         if node.target is _DATA or name == "detach":
             parameter_of[node] = target
-        elif target not in replaced and kept.isdisjoint((node, target)) and reaching(node).isdisjoint(inputs):
+        elif target not in replaced and reaching(node).isdisjoint(inputs):
             value = _new_value(graph, node, name)
             if value is None or (name != "set_" and _other_views(graph, node, target, parameter_of)):
                 continue
