@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .graph_walk import reaching
+from .nodes import called, reaching, works_in_place
 
 _DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 _OPERATORS = {
@@ -27,10 +27,7 @@ _OPERATORS = {
 
 def make_functional(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     """Replace such writes by values, in place.  Writes of what depends on ``inputs``, to part of a tensor, or to a
-    tensor that has other views are left as they are, and so are all if the forward keeps tensors in attributes."""
-    output = next(n for n in graph.nodes if n.op == "output")
-    if len(output.args[0]) > 1:  # what is kept is computed at every call, which may cost more than the kernels save
-        return
+    tensor that is read later by another name are left as they are."""
     parameters = [n for n in graph.nodes if n.op == "placeholder" and isinstance(_value(n), nn.Parameter)]
     parameter_of = {n: n for n in parameters}  # aliases are added
     written: dict[fx.Node, fx.Node] = {}  # the present value of a tensor that has been written
@@ -43,12 +40,12 @@ def make_functional(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
                 node.replace_input_with(argument, written[state])
         if target is None:
             continue
-        name = _name(node)
+        name = called(node)
         if node.target is _DATA or name == "detach":
             parameter_of[node] = target
         elif target not in replaced and reaching(node).isdisjoint(inputs):
             value = _new_value(graph, node, name)
-            if value is None or (name != "set_" and _other_views(graph, node, target, parameter_of)):
+            if value is None or _read_by_another_name(graph, node, target, parameter_of, new_storage=name == "set_"):
                 continue
             written[target] = value
             if name == "set_":
@@ -56,10 +53,6 @@ def make_functional(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
             else:  # what the call returns is the tensor that it has written
                 parameter_of[value] = target
             _erase(graph, node, value)
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _new_value(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node | None:
@@ -75,7 +68,7 @@ def _new_value(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node | None:
         if name == "set_":
             return source
         method, arguments, keywords = "clone", (source,), {}
-    elif functional is None and (not name.endswith("_") or name.endswith("__") or not hasattr(Tensor, name[:-1])):
+    elif functional is None and not (works_in_place(name) and hasattr(Tensor, name[:-1])):
         return None
     else:
         method, arguments, keywords = name[:-1], node.args, node.kwargs
@@ -99,14 +92,22 @@ def _value(node: fx.Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _other_views(graph: fx.Graph, node: fx.Node, target: fx.Node, parameter_of: dict[fx.Node, fx.Node]) -> bool:
-    """Whether anything but its aliases shares the memory of ``target`` and is read after ``node``."""
+def _read_by_another_name(
+    graph: fx.Graph, node: fx.Node, target: fx.Node, parameter_of: dict[fx.Node, fx.Node], *, new_storage: bool
+) -> bool:
+    """Whether ``target`` is read after ``node`` by a name whose value `make_functional` would get wrong.
+
+    A write is seen by all views, of which only aliases of the whole parameter are replaced.  With ``new_storage`` it is
+    seen by none of them, not even by those aliases.
+    """
     position = {n: place for place, n in enumerate(graph.nodes)}
     storage = _storage(target)
     for other in graph.nodes:
-        if other is node or parameter_of.get(other) is target or _storage(other) != storage:
+        alias = parameter_of.get(other) is target
+        wrong = alias and other is not target if new_storage else not alias and _storage(other) == storage
+        if not wrong or position[other] >= position[node]:
             continue
-        if position[other] < position[node] and any(position[user] > position[node] for user in other.users):
+        if any(position[user] > position[node] for user in other.users):
             return True
     return storage is None
 
@@ -118,7 +119,7 @@ def _storage(node: fx.Node) -> int | None:
 
 def _erase(graph: fx.Graph, node: fx.Node, value: fx.Node) -> None:
     for user in list(node.users):
-        if _name(user) == "_lower_version_count_by_1" and not user.users:
+        if called(user) == "_lower_version_count_by_1" and not user.users:
             graph.erase_node(user)
     node.replace_all_uses_with(value)
     graph.erase_node(node)

@@ -17,7 +17,7 @@ from torch import fx
 from torch.autograd import grad_mode
 
 from ..util.torch_compat import keeper_of
-from .graph_walk import reaching
+from .nodes import called, reaching, works_in_place
 from .parameter_writes import make_functional
 from .refusal import NoProgram, location
 
@@ -41,10 +41,11 @@ def make_explicit(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.Gra
     for node in module.graph.nodes:
         if reason := _refusal(node):
             raise NoProgram(f"{reason}{location(node)}")
-    make_functional(module.graph, inputs)
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
     if not results or results[0].target != "clone":
         raise NoProgram("its output is not one tensor")
+    if len(results) == 1:  # what else is kept is computed at every call, which may cost more than the kernels save
+        make_functional(module.graph, inputs)
     kept = _kept(module, results[1:], inputs) if len(results) > 1 else None
     _detach_regions(module)
     module.graph.lint()
@@ -79,7 +80,7 @@ def _refusal(node: fx.Node) -> str:
         return "it differentiates or maps a function inside of its forward (torch.func)"
     if node.op == "call_method" and node.target in ("requires_grad_", "retain_grad", "backward"):
         return f"its forward calls {node.target}"
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in ("grad", "backward", "_autograd_grad"):
+    if node.op == "call_function" and called(node) in ("grad", "backward", "_autograd_grad"):
         return "it differentiates inside of its forward"
     return ""
 
@@ -119,7 +120,5 @@ def _detach_regions(module: fx.GraphModule) -> None:
 
 
 def _refuse_in_place(node: fx.Node) -> None:
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if target is operator.setitem or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
+    if node.target is operator.setitem or "out" in node.kwargs or works_in_place(called(node)):
         raise NoProgram(f"it changes a tensor in place where gradients are off{location(node)}")

@@ -23,12 +23,12 @@ from ..ir.recurrent import GATES, batch_first, net_within, recognize
 from .batch_axis import BatchAxis, NonLeadingBatch, inner_extent, make_per_sample
 from .capture import GraphMatch, plain_name
 from .export import Exported, export
-from .graph_walk import reaching
 from .lowerings import LOWERINGS, MULTI_RESULT_OPS, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, op_name, real_dtype
 from .lowerings.fourier import complex_from_last_axis
 from .lowerings.nested import last_state, simplify
 from .lowerings.repeated import as_fill, is_fill, row_of
+from .nodes import reaching
 from .refusal import NoProgram, location
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -105,6 +105,12 @@ def part_of_it(net: Written, x: Tensor) -> Tensor:
     return net.weight
 
 
+def old_alias(net: Written, x: Tensor) -> Tensor:
+    before = net.weight.data
+    net.weight.data = before.clamp(-0.1, 0.1)
+    return before + net.weight
+
+
 def of_the_input(net: Written, x: Tensor) -> Tensor:
     with torch.no_grad():
         net.weight.clamp_(max=x.max())
@@ -118,7 +124,7 @@ def at_random(net: Written, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "write", [view_of_it, part_of_it, of_the_input, at_random, count], ids=lambda write: write.__name__
+    "write", [view_of_it, part_of_it, old_alias, of_the_input, at_random, count], ids=lambda write: write.__name__
 )
 def test_other_writes_are_left_to_autograd(write: Callable[[Written, Tensor], Tensor]) -> None:
     net = Written(write).eval()
