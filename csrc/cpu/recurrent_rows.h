@@ -264,24 +264,30 @@ void walk_back(const RecurrentArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
+template <Cell C>
+struct CellOf {
+  static constexpr Cell value = C;
+};
+
+// f(CellOf<C>()) for the cell that is known at run time.
+template <class F>
+GK_INLINE void for_cell(Cell cell, const F& f) {
+  switch (cell) {
+    case Cell::Tanh: return f(CellOf<Cell::Tanh>());
+    case Cell::Relu: return f(CellOf<Cell::Relu>());
+    case Cell::Gru: return f(CellOf<Cell::Gru>());
+    case Cell::Lstm: return f(CellOf<Cell::Lstm>());
+  }
+}
+
 }  // namespace
 
 template <class T>
 void run_recurrent(const RecurrentArgs<T>& a, int64_t begin, int64_t end) {
-  switch (a.cell) {
-    case Cell::Tanh: return forward<T, Cell::Tanh>(a, begin, end);
-    case Cell::Relu: return forward<T, Cell::Relu>(a, begin, end);
-    case Cell::Gru: return forward<T, Cell::Gru>(a, begin, end);
-    case Cell::Lstm: return forward<T, Cell::Lstm>(a, begin, end);
-  }
+  for_cell(a.cell, [&](auto cell) { forward<T, decltype(cell)::value>(a, begin, end); });
 }
 
 template <class T>
 void run_recurrent_vjp(const RecurrentArgs<T>& a, int64_t begin, int64_t end) {
-  switch (a.cell) {
-    case Cell::Tanh: return walk_back<T, Cell::Tanh>(a, begin, end);
-    case Cell::Relu: return walk_back<T, Cell::Relu>(a, begin, end);
-    case Cell::Gru: return walk_back<T, Cell::Gru>(a, begin, end);
-    case Cell::Lstm: return walk_back<T, Cell::Lstm>(a, begin, end);
-  }
+  for_cell(a.cell, [&](auto cell) { walk_back<T, decltype(cell)::value>(a, begin, end); });
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.machine import TooLarge
-from ..ir.program import Opaque, Param, Program
+from ..ir.program import Opaque, Program
 from ..ir.recurrent import recognize
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
@@ -164,16 +164,12 @@ class Execution:
 
     def forward_reference(self, group: CallGroup) -> None:
         params = self.weights.params
-
-        def tensor(p: Param) -> Tensor:
-            return params[p.name]
-
         for i in group.steps:
             step = self.program.steps[i]
             args = [self.values[v] for v in step.inputs]
             layer = recognize(step.form.call) if isinstance(step.form, Opaque) else None
             if layer is not None:
-                self.values[self.base + i] = recurrent.forward(layer, args[0], tensor)
+                self.values[self.base + i] = recurrent.forward(layer, args[0], lambda p: params[p.name])
             else:
                 self.values[self.base + i] = reference.forward_step(self.program, i, args, params)
 

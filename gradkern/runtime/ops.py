@@ -235,7 +235,7 @@ def accumulate(maps: Tensor, groups: Tensor, sums: Sequence[Tensor | None]) -> b
 
     Does nothing and returns False if there is no kernel for these tensors.
     """
-    native = maps.device.type == "cpu" and maps.dtype in NATIVE_DTYPES and extension() is not None
+    native = _native(maps)
     if native:
         torch.ops.gradkern.accumulate(maps.contiguous(), groups, _or_empty(sums))
     return native

@@ -20,6 +20,8 @@ from ..ir.program import Param
 from ..ir.recurrent import Recurrent
 from . import ops
 
+KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/context.h
+
 
 def forward(r: Recurrent, x: Tensor, tensor: Callable[[Param], Tensor]) -> Tensor:
     """``x [N, T, I]`` -> ``[N, T, directions · H]``."""
@@ -53,19 +55,15 @@ def _layers(r: Recurrent, tensor: Callable[[Param], Tensor]) -> list[list[list[T
 
 def _layer(r: Recurrent, x: Tensor, layer: list[list[Tensor]]) -> Tensor:
     """One layer's output ``[N, T, directions · H]``."""
-    y = ops.recurrent(KINDS.index(r.kind), x, layer)
-    if y is not None:
-        return y
+    native = ops.recurrent(KINDS.index(r.kind), x, layer)
+    if native is not None:
+        return native
     hidden, biases = layer[0][1].shape[1], len(layer[0]) == 4
     zeros = x.new_zeros(r.directions, x.shape[0], hidden)
     state = (zeros, zeros) if r.kind == "lstm" else zeros
     weights = [w for group in layer for w in group]
-    y = getattr(torch, r.kind)(x, state, weights, biases, 1, 0.0, False, r.directions == 2, True)[0]
-    assert y is not None
+    y: Tensor = getattr(torch, r.kind)(x, state, weights, biases, 1, 0.0, False, r.directions == 2, True)[0]
     return y
-
-
-KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/context.h
 
 
 @dataclass(frozen=True)
