@@ -2,7 +2,7 @@
 
 A record becomes a row of `WIDTH` integers, shorter kinds padded with zeros: an ``int``, ``bool`` or enum is one int64,
 a ``float`` one double, a `RecordPart` its fields in order (zeros if it is None), and a `Place` the integers of
-`PLACE`.  csrc/records.h has the same as structs.
+`PLACE`.  csrc/records.h and record_parts.h have the same as structs.
 """
 
 from __future__ import annotations

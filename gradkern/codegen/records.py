@@ -3,7 +3,7 @@
 A chain is a list of records for its forward and one for its backward pass.  Their buffers are symbolic until scratch
 memory is laid out.  Then :mod:`gradkern.codegen.encoding` turns them into rows of integers, which the kernels read as
 the C++ structs of their kinds.  The structs are generated from these classes.  After a change here, run
-``python -m gradkern.codegen.records_header``, which rewrites csrc/records.h, comments included, and rebuild the
+``python -m gradkern.codegen.records_header``, which rewrites csrc/record*.h, comments included, and rebuild the
 extension.
 
 Offsets and strides count elements, except those of bits, which count bytes.  Kinds that end in T are the transposed

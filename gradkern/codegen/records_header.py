@@ -1,5 +1,5 @@
-"""Writes csrc/records.h, the C++ mirror of :mod:`gradkern.codegen.records` and its `limits`, comments included, and
-csrc/record_fields.h, by which records are checked.
+"""Writes csrc/records.h and csrc/record_parts.h, the C++ mirror of :mod:`gradkern.codegen.records` and its `limits`,
+comments included, and csrc/record_fields.h, by which records are checked.
 
 ``python -m gradkern.codegen.records_header`` rewrites the files; a test fails if one is out of date.
 """
@@ -17,6 +17,7 @@ from .encoding import HEADER, PLACE, SIZES, WIDTH, c_type, layout_fingerprint, l
 from .records import ENUMS, KINDS, PARTS, Place, Record, RecordPart
 
 HEADER_FILE = Path(__file__).parents[2] / "csrc" / "records.h"
+PARTS_FILE = HEADER_FILE.with_name("record_parts.h")
 FIELDS_FILE = HEADER_FILE.with_name("record_fields.h")
 WRITTEN = [
     "// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py",
@@ -79,34 +80,28 @@ def field_ranges() -> str:
     return "\n".join([*lines, *END])
 
 
-def header() -> str:
-    """The text of csrc/records.h."""
+def line(indent: str, text: str, comment: str) -> str:
+    return f"{indent}{text}  // {comment}" if comment else indent + text
 
-    def line(indent: str, text: str, comment: str) -> str:
-        return f"{indent}{text}  // {comment}" if comment else indent + text
 
-    def doc(cls: type) -> list[str]:
-        return [f"// {row.strip()}".rstrip() for row in inspect.cleandoc(cls.__doc__ or "").splitlines()]
+def doc(cls: type) -> list[str]:
+    return [f"// {row.strip()}".rstrip() for row in inspect.cleandoc(cls.__doc__ or "").splitlines()]
 
-    def members(cls: type) -> list[str]:
-        notes = comments(cls)
-        return [line("  ", f"{c_type(t)} {name};", notes.get(name, "")) for name, t in layout_of(cls)]
 
+def members(cls: type) -> list[str]:
+    notes = comments(cls)
+    return [line("  ", f"{c_type(t)} {name};", notes.get(name, "")) for name, t in layout_of(cls)]
+
+
+def parts() -> str:
+    """The text of csrc/record_parts.h: what records are made of, and the sizes of a chain."""
     out = [
-        "// Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.",
+        "// What records are made of, and the memory that a chain of them needs.",
         "//",
         *WRITTEN,
         "#include <cstdint>",
         "",
         "namespace gradkern {",
-        "",
-        "// Of everything below; gradkern compares it with its own when the extension is loaded.",
-        f'constexpr char kRecordLayout[] = "{layout_fingerprint()}";',
-        f"constexpr int kRecordWidth = {WIDTH};  // integers in a row",
-        "",
-        "enum class Kind : int64_t {",
-        *(f"  {cls.__name__}," for cls in KINDS),
-        "};",
     ]
     for enum in ENUMS:
         notes = comments(enum)
@@ -115,7 +110,26 @@ def header() -> str:
     out += ["", *doc(Place), "struct Place {", *(line("  ", f"int64_t {n};", text) for n, text in PLACE), "};"]
     for part in (*PARTS, *SIZES):
         out += ["", *doc(part), f"struct {part.__name__} {{", *members(part), "};"]
-    out += [
+    return "\n".join([*out, *END])
+
+
+def header() -> str:
+    """The text of csrc/records.h."""
+    out = [
+        "// Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.",
+        "//",
+        *WRITTEN,
+        '#include "record_parts.h"',
+        "",
+        "namespace gradkern {",
+        "",
+        "// Of everything here and in record_parts.h; gradkern compares it with its own when the extension is loaded.",
+        f'constexpr char kRecordLayout[] = "{layout_fingerprint()}";',
+        f"constexpr int kRecordWidth = {WIDTH};  // integers in a row",
+        "",
+        "enum class Kind : int64_t {",
+        *(f"  {cls.__name__}," for cls in KINDS),
+        "};",
         "",
         "// Any record: a row of integers.",
         "struct Record {",
@@ -132,6 +146,8 @@ def header() -> str:
     return "\n".join([*out, *END])
 
 
+FILES = {HEADER_FILE: header, PARTS_FILE: parts, FIELDS_FILE: field_ranges}
+
 if __name__ == "__main__":
-    HEADER_FILE.write_text(header())
-    FIELDS_FILE.write_text(field_ranges())
+    for file, text in FILES.items():
+        file.write_text(text())

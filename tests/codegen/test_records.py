@@ -10,13 +10,11 @@ import pytest
 from gradkern.codegen import encoding, records
 from gradkern.codegen.encoding import HEADER, WIDTH, encode, layout_of
 from gradkern.codegen.records import KINDS, Extent, PatternRef, Place, RecordPart
-from gradkern.codegen.records_header import FIELDS_FILE, HEADER_FILE, field_ranges, header
+from gradkern.codegen.records_header import FILES
 from gradkern.codegen.scratch import Buffer
 
 
-@pytest.mark.parametrize(
-    ("file", "text"), [(HEADER_FILE, header), (FIELDS_FILE, field_ranges)], ids=["records", "fields"]
-)
+@pytest.mark.parametrize(("file", "text"), FILES.items(), ids=[file.stem for file in FILES])
 def test_the_headers_are_up_to_date(file, text):
     """Otherwise: ``python -m gradkern.codegen.records_header``, and build again."""
     if not file.exists():
