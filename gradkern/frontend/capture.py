@@ -244,8 +244,17 @@ class _Backend:
             values = [guard.value for guard in guards if guard.has_value]
             owners = {value if isinstance(value, type) else type(value) for value in values}
             graph.methods = tuple(m for owner in owners for m in _methods(owner, read))
-        # What autograd does with the tensors that it saves is nothing to a graph, and takes Python code to check.
-        return [guard.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS" for guard in guards]
+        hookless = {guard.name for guard in guards if guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT"}
+        return [_counts(guard, hookless) for guard in guards]
+
+
+def _counts(guard: Any, hookless: set[str]) -> bool:
+    """Whether a guard can fail where no other does.  ``hookless``: the tables of hooks that are guarded to be empty."""
+    # What autograd does with the tensors that it saves is nothing to a graph, and takes Python code to check.
+    if guard.guard_type == "AUTOGRAD_SAVED_TENSORS_HOOKS":
+        return False
+    # The hooks that take keyword arguments are among all hooks.
+    return guard.name not in hookless or guard.name.removesuffix("_with_kwargs") not in hookless - {guard.name}
 
 
 def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:
