@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 STAND_INS = 2  # samples that stand in for an empty batch, to learn the shapes of results
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
 SHARED = ("out", "wrt", "engine")  # and ``progress``
-#: What methods of a caller's own define, by its name in the release before.
+#: Methods that user-defined subclasses override: the names of the previous release and the present ones.
 OLD_NAMES = {
     "_rows": "row_maps",
     "_layer": "layer_maps",
@@ -238,7 +238,7 @@ def _check_arguments(method: Any, places: Sequence[str], args: tuple[Any, ...], 
         gradients = getattr(part, "gradient_func", None)
         if isinstance(part, PublicMethod) and gradients is not None and not isinstance(gradients, GradientFunc):
             raise BadType(
-                f"{name}: got a gradient_func of its own ({gradients!r}), which gives one target at a time, expected "
+                f"{name}: got a custom gradient_func ({gradients!r}), which gives one target at a time, expected "
                 f"gradkern's. Call attribute(inputs, target=...) per target, or make a new {type(part).__name__}."
             )
 

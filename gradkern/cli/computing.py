@@ -151,7 +151,7 @@ def merge(out: str, parts: tuple[str, ...]) -> None:
 
     \b
     gradkern merge maps.zarr                          shards that wrote to one store
-    gradkern merge part0.zarr part1.zarr part2.zarr   shards that wrote to stores of their own
+    gradkern merge part0.zarr part1.zarr part2.zarr   shards that wrote to separate stores
     """
     from gradkern.data import merge
 

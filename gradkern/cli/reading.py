@@ -40,7 +40,7 @@ def explain(model: ModelArguments, samples: SourceArguments, output: int | str |
 
 @click.command()
 @click.argument("store")
-@click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default beside the store.")
+@click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default next to the store.")
 @click.option("--names", help="Names of the outputs: with commas between, or a .txt file. Default: the store's.")
 @click.option("--title", help="Title of the page.")
 @click.option("--model", help="The run's model: adds the deletion and insertion curves.")
@@ -89,7 +89,7 @@ def report(
 
 
 def _beside(store: str) -> Path:
-    """The page beside a store, in the current folder if the store is not on this machine; never through a link that
+    """The page next to a store, in the current folder if the store is not on this machine; never through a link that
     came with the store."""
     from gradkern.util.untrusted import local_path
 

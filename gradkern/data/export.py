@@ -1,7 +1,7 @@
 """Stores of sequence models for TF-MoDISco: one-hot sequences and hypothetical contributions as a pair of npz files.
 
 ``modisco motifs -s sequences.npz -a contributions.npz`` (the package modisco-lite) reads both: ``arr_0``, ``[N, 4,
-length]``.  The array ``names`` beside it keeps the samples' names.
+length]``.  Each file also has an array ``names`` with the samples' names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def to_modisco(
     if not arguments.get("hypothetical"):
         raise BadValue(
             f"{place} has no hypothetical contributions, which TF-MoDISco reads. Run again with hypothetical=True "
-            "(--hypothetical), in a store of its own."
+            "(--hypothetical), in another store."
         )
     if results.done < results.chunks:
         raise BadValue(f"{place} is not finished: {results.done} of {results.chunks} chunks. Continue its run first.")
@@ -52,7 +52,7 @@ def to_modisco(
         raise BadValue(f"names: got {len(names)}, expected one for each of the {results.samples} samples.")
     name = "attributions" if "attributions" in results else "attributions_0"
     if name not in results:
-        raise BadValue(f"{place} stores no maps (maps=False). Run again with maps, in a store of its own.")
+        raise BadValue(f"{place} stores no maps (maps=False). Run again with maps, in another store.")
     n, count, *shape = results.array(name).shape
     if len(shape) != 2:
         raise BadValue(f"{place} has maps of {shape}, expected those of sequences, [letters, length].")

@@ -196,7 +196,7 @@ def _ranked_source(
     """The source, after a check that it has samples and one input to rank the features of."""
     rows = open_source(source, columns, input_dtype, pad).for_model(model)
     if rows.samples < 2:
-        raise BadValue("importance: got one sample, expected several: a feature counts by its spread over the samples.")
+        raise BadValue("importance: got one sample, expected several: a score needs the feature's standard deviation.")
     floating = sum(x.is_floating_point() for x in rows.read(0, 1))
     if floating != 1:
         raise BadValue(

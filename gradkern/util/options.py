@@ -38,7 +38,7 @@ class InputError(Exception):
 
 
 class BadArgument(InputError):
-    """Base of the errors about arguments that do not fit; Captum may accept them, or raises an error of its own."""
+    """Base of the errors about arguments that do not fit; Captum may accept them, or raise its own error."""
 
 
 class BadValue(BadArgument, ValueError):

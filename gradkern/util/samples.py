@@ -1,4 +1,4 @@
-"""Some of a call's samples, and perturbed ones, for comparisons."""
+"""Evenly spread samples, and perturbed ones."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def perturbed(x: Tensor, size: Tensor | float, generator: torch.Generator) -> Te
 
 
 def spread_of(x: Tensor) -> float:
-    """The standard deviation of the finite numbers of ``x``; 1 if it says nothing."""
+    """The standard deviation of the finite numbers of ``x``; 1 if it is 0 or there are fewer than two."""
     finite = x[torch.isfinite(x)]
     return (float(finite.double().std()) if finite.numel() > 1 else 0.0) or 1.0

@@ -211,8 +211,8 @@ def test_settings_as_one_value_are_the_keywords(tmp_path):
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"method": "saliency"}, r"run: got method beside settings=. .*replace\(settings, method=\.\.\.\)"),
-        ({"chunk": 3, "targets": [0]}, "got chunk, targets beside settings="),
+        ({"method": "saliency"}, r"run: got method together with settings=. .*replace\(settings, method=\.\.\.\)"),
+        ({"chunk": 3, "targets": [0]}, "got chunk, targets together with settings="),
     ],
 )
 def test_a_field_beside_settings_is_an_error(tmp_path, keywords, words):

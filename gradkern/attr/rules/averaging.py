@@ -56,7 +56,7 @@ def letters(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class ContributionOptions:
-    """The results that a call asks for: contributions of letters, deltas, contributions by the caller's function."""
+    """What a call requests: hypothetical contributions, deltas, a custom function that computes contributions."""
 
     hypothetical: bool = False
     delta: bool = False
@@ -315,7 +315,7 @@ def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
 def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, start: Tensors, targets: Tensor) -> None:
     """`say_if_large` for the first samples of a model, whether or not anybody asks for deltas.
 
-    ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule and constants have warnings of their own.
+    ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule, and constants, are warned about separately.
     """
     said = bool(rule.unruled or rule.detached)
     if said or len(multipliers) < len(rows) or not state.first(fn, "completeness"):

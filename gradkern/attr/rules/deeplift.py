@@ -87,8 +87,8 @@ class DeepLift(OverReferences, stock.DeepLift):
 
         ``baselines`` may also be references per sample, over which the attributions are averaged: a tensor
         ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which is asked for ``n_references``
-        of each sample, by a seed of its own if there is a ``random_state``.  The delta is then per pair, ``[N · R]``.
-        ``hypothetical``: the contributions of every letter that could stand in a one-hot sequence
+        of each sample, with a separate seed for each sample if there is a ``random_state``.  The delta is then per
+        pair, ``[N · R]``.  ``hypothetical``: the contributions of every letter that could stand in a one-hot sequence
         ``[N, letters, length]`` (see `gradkern.attr.references`).
         """
         rows = compat.format_tensor_into_tuples(inputs)

@@ -1,8 +1,8 @@
 """Layer-wise relevance propagation: Captum's rules on the Program, for more layers than Captum knows.
 
 The relevance of a value is its share of the output.  At a contraction ``z = W a + b`` the rule gives
-``R_a = a ⊙ Wᵀ (R_z / z)``, with W changed (gamma, alpha-beta, z-plus) and z stabilised by an epsilon of its own sign.
-Activations pass relevance on unchanged.  So LRP is a chain of contractions and slopes, like a gradient.
+``R_a = a ⊙ Wᵀ (R_z / z)``, with W changed (gamma, alpha-beta, z-plus) and z stabilised by an epsilon with the sign of
+z.  Activations pass relevance on unchanged.  So LRP is a chain of contractions and slopes, like a gradient.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Relevance(Rule):
         return super().at(i)
 
     def normalized(self, i: int, z: Tensor) -> Tensor:
-        """``1 / z``, stabilised by an epsilon of its own sign."""
+        """``1 / z``, stabilised by an epsilon with the sign of ``z``."""
         return 1 / self.stable(i, z)
 
     def stable(self, i: int, z: Tensor) -> Tensor:

@@ -201,8 +201,8 @@ def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], 
                 differences.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")
     if differences:
         raise Mismatch(
-            f"{place} holds another run, and nothing was changed. {'; '.join(differences)}. Continue with what the "
-            "store was made with, or choose another place (gradkern never deletes results)."
+            f"{place} belongs to another run, and nothing was changed. {'; '.join(differences)}. Continue with "
+            "what the store was made with, or choose another place (gradkern never deletes results)."
         )
 
 

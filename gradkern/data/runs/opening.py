@@ -1,4 +1,4 @@
-"""The beginning of a run: its store is created, or opened and found to be this run's."""
+"""Starts a run: creates its store, or opens an existing one and checks that it belongs to this run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _check_earlier(task: Task, asked: Mapping[str, Any]) -> None:
         before, now.double(), rtol=tolerance, atol=tolerance * float(before.abs().max()), equal_nan=True
     ):
         raise fingerprint.Mismatch(
-            f"{task.results.place} holds another run, and nothing was changed: the model now predicts something "
+            f"{task.results.place} belongs to another run, and nothing was changed: the model now predicts something "
             f"else for the samples {start} … {stop - 1}. Choose another place, or the model of the store."
         )
     same = task.settings.maps or node[0] == 0
@@ -121,9 +121,8 @@ def _check_pinned(results: Results, settings: Settings) -> None:
             results.write_attributes()
     if differing:
         raise fingerprint.Mismatch(
-            f"{results.place} was begun with {'; '.join(differing)}; nothing was changed. A run keeps what it was "
-            "begun with, so that its result is the same to the last bit: leave these arguments out, or choose another "
-            "place."
+            f"{results.place} was started with {'; '.join(differing)}; nothing was changed. A run keeps its "
+            "settings, so that its result is the same to the last bit: omit these arguments, or choose another place."
         )
 
 
@@ -133,6 +132,6 @@ def _check_labels(results: Results, settings: Settings) -> None:
         if given is not None and given != stored:
             has = "none" if stored is None else "others"
             raise fingerprint.Mismatch(
-                f"{what}: {results.place} was begun with {has}; nothing was changed. Leave {what} out, or "
+                f"{what}: {results.place} was started with {has}; nothing was changed. Leave {what} out, or "
                 "choose another place."
             )

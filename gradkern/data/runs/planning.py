@@ -34,8 +34,8 @@ def plan(
 ) -> Forecast:  # fmt: skip
     """The samples, chunks, bytes and seconds of `gradkern.run` with the same arguments, from running a batch.
 
-    The memory is by how much the process will grow at its peak, from the call of `gradkern.run` on: what preparing the
-    run and computing a batch take here, and the chunks that will wait to be computed or written.
+    ``memory_bytes`` of the result is by how much the process will grow during `gradkern.run`, at its peak: the measured
+    memory of preparing the run and of computing a batch, plus the chunks that wait to be computed or written.
 
     Nothing is written to ``out``.  If a store exists there, its finished chunks are not counted.
     """
@@ -77,7 +77,7 @@ def _with_trial(task: Task, forecast: Forecast, making: Growth) -> Forecast:
 
 
 class Trial(NamedTuple):
-    """``bytes``: the most that computing some samples takes beside what `_held_bytes` counts."""
+    """``bytes``: the peak memory of computing some samples, without what `_held_bytes` counts."""
 
     bytes: int
     cpu_seconds: float

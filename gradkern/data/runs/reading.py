@@ -51,7 +51,7 @@ class SpotSamples:
         return sum(x.nbytes for x in first if x.untyped_storage().nbytes() == x.nbytes)
 
     def check(self, rows: tuple[Tensor, ...], start: int, stop: int) -> None:
-        """Raise `BadValue` if a row of ``start:stop`` is not the sample of that number."""
+        """Raise `BadValue` if a row of ``start:stop`` differs from the sample that was read alone."""
         first = next(iter(self.rows.values()))
         for x, one in zip(rows, first, strict=True):
             if x.shape[1:] != one.shape[1:] or x.dtype != one.dtype:
@@ -66,7 +66,7 @@ class SpotSamples:
                     f"source: sample {i} read alone is not row {i - start} of the samples {start} … {stop - 1} read "
                     "together. Either the rows are not in the order of the samples, or reading is random (an "
                     "augmentation?). A run that can be continued needs the same sample every time; trust_source=True "
-                    "(--trust-source) does without."
+                    "(--trust-source) turns this check off."
                 )
 
 
@@ -105,9 +105,9 @@ class Reading:
         if changed:
             spans = ", ".join(f"{a} … {b - 1}" for a, b in changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
             raise Mismatch(
-                f"{self.results.place} holds another run, and nothing was changed: the samples {spans} were others "
-                "when their chunks were computed. Continue with the source that the store was made with, or choose "
-                "another place (gradkern never deletes results)."
+                f"{self.results.place} belongs to another run, and nothing was changed: the samples {spans} have "
+                "changed since their chunks were computed. Continue with the source that the store was made with, or "
+                "choose another place (gradkern never deletes results)."
             )
 
     def _recorded_checksums(self) -> dict[int, int]:

@@ -115,7 +115,7 @@ def run(
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
     owned_chunks(1, shard)  # an invalid shard is refused before anything is created
     if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
-        settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
+        settings = replace(settings, engine="kernel")  # shards in separate stores must all use the same engine
     with disk_full(out):
         task = open_run(
             model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by, pad=pad

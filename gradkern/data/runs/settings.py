@@ -84,7 +84,7 @@ class CommonOptions(TypedDict, total=False):
 
 
 class RunOptions(CommonOptions, total=False):
-    """All fields of `Settings` that are keywords (method and target are positional too)."""
+    """All fields of `Settings` that are keywords only (``method`` and ``targets`` may also be positional)."""
 
     maps: bool
     reductions: Sequence[str] | str
@@ -102,7 +102,7 @@ def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, A
         return Settings(**given)
     if given:
         raise BadValue(
-            f"{caller}: got {', '.join(sorted(given))} beside settings=. Say it in one place: "
+            f"{caller}: got {', '.join(sorted(given))} together with settings=. Pass only one of them: "
             f"dataclasses.replace(settings, {min(given)}=...), or keywords alone."
         )
     return settings

@@ -176,5 +176,5 @@ def _words(root: Path, chunks: range) -> str:
     ]
     return (
         f"{root}: {' and '.join(holders) or 'another run'} is at work on the chunks {chunks[0]} … {chunks[-1]}, and "
-        "nothing was changed. Wait for its end, or give each run a shard of its own (shard=)."
+        "nothing was changed. Wait until it has finished, or give each run its own shard (shard=)."
     )

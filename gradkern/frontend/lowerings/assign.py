@@ -95,7 +95,7 @@ def copy_from_several(
     """
     total = sum(math.prod(shape) for _, _, shape in tensors) + math.prod(a.result)
     if total > LARGEST:
-        raise NoForm(f"a copy of more than {LARGEST} numbers with places of their own has no form")
+        raise NoForm(f"a copy of more than {LARGEST} separately placed numbers has no form")
     numbers, first = {}, {}
     count = 1
     for name, x, shape in tensors:
