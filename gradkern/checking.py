@@ -16,7 +16,7 @@ from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
 from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrap, with_output
-from .util.options import BadValue, Engine
+from .util.options import Engine
 from .util.outputs import Output
 from .util.random_state import RandomState
 
@@ -88,16 +88,15 @@ def _exact_request(
     exact = tuple(x.double() if x.is_floating_point() else x for x in tensors)
     try:
         twin = copy.deepcopy(unwrap(model))
-        module = model_of(twin)
-        if module is None:
-            raise BadValue("a callable that is no module")
-        with torch.no_grad(), buffers_kept(module.double()):
-            twin(*[x[:2].clone() for x in exact])
-        return Request(twin, exact, indices, jacobian_choice(targets)), "autograd in float64"
+        module, reason = model_of(twin), "a callable that is no module"
+        if module is not None:
+            with torch.no_grad(), buffers_kept(module.double()):
+                twin(*[x[:2].clone() for x in exact])
+            return Request(twin, exact, indices, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        dtype = tensors[indices[0]].dtype
-        return Request(model, tensors, indices, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
+    dtype = tensors[indices[0]].dtype
+    return Request(model, tensors, indices, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
 
 
 def _names(results: JacobianResult) -> list[str]:

@@ -1,7 +1,7 @@
 """A progress bar for long calls.
 
-The public call says whether one is wanted (`wanted`).  The outermost loop over pieces of the work inside it draws it
-(`followed`); loops inside that loop draw nothing.
+A public call decides whether there is one (`showing_progress`).  Inside it, the outermost loop over pieces of the work
+draws the bar (`with_progress`); the loops inside that loop draw nothing.
 """
 
 from __future__ import annotations
@@ -59,11 +59,17 @@ def limit_for_progress(chunk: int, samples: int) -> int:
 def with_progress(
     pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int = 0
 ) -> Iterator[T]:
-    """The pieces of ``total`` units; ``amount``: the units of a piece, done when the next one is asked for."""
+    """The pieces, with a bar of ``total`` units if the public call shows one.
+
+    ``amount``: the units of a piece, which count as done when the next piece is requested.
+    """
     call = _call.get()
-    if call is None or not call.open:
-        yield from pieces
-        return
+    return iter(pieces) if call is None or not call.open else _drawn(call, pieces, total, unit, amount, initial)
+
+
+def _drawn(
+    call: showing_progress, pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int
+) -> Iterator[T]:
     from tqdm import tqdm  # comes with Captum
 
     call.drawn = True
