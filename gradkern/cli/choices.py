@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..data import Source
 
 Command = Callable[..., None]
-CASTS = ("float32", "float64")
+INPUT_DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SourceArguments:
 
     spec: str
     columns: str | None = None
-    cast: str | None = None
+    input_dtype: str | None = None
     pad: str | None = None
 
     def open(self) -> Source:
@@ -53,9 +53,9 @@ class SourceArguments:
         from ..data import open_source
 
         columns = tuple(self.columns.split(",")) if self.columns else None
-        if self.cast not in (None, *CASTS):
-            raise BadValue(f"cast: got {self.cast!r}, expected {' or '.join(CASTS)}.")
-        dtype = getattr(torch, self.cast) if self.cast else None
+        if self.input_dtype not in (None, *INPUT_DTYPES):
+            raise BadValue(f"input_dtype: got {self.input_dtype!r}, expected {' or '.join(INPUT_DTYPES)}.")
+        dtype = getattr(torch, self.input_dtype) if self.input_dtype else None
         return open_source(self.spec, columns, dtype, read_pad(self.pad))
 
 
@@ -112,6 +112,12 @@ def recorded(made_by: Mapping[str, object], name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def source_of_the_run(spec: str, made_by: Mapping[str, object]) -> SourceArguments:
+    """The source ``spec``, read with the options that a store says its run was given."""
+    dtype = recorded(made_by, "input_dtype") or recorded(made_by, "cast")  # its name in stores of earlier versions
+    return SourceArguments(spec, recorded(made_by, "columns"), dtype)
+
+
 def as_in_the_run(given: Mapping[str, str | None], made_by: Mapping[str, object]) -> str:
     """The options of the run that are not ``given``, as one would type them."""
     missing = {name: recorded(made_by, name) for name, value in given.items() if value is None}
@@ -129,20 +135,22 @@ def model_and_source(command: Command) -> Command:
 
     @functools.wraps(command)
     def gathered(
-        model: str, weights: str | None, allow_pickle: bool, source: str, columns: str | None, cast: str | None,
-        pad: str | None, **rest: Any,
+        model: str, weights: str | None, allow_pickle: bool, source: str, columns: str | None,
+        input_dtype: str | None, pad: str | None, **rest: Any,
     ) -> None:  # fmt: skip
         command(
             model=ModelArguments(model, weights, allow_pickle),
-            samples=SourceArguments(source, columns, cast, pad),
+            samples=SourceArguments(source, columns, input_dtype, pad),
             **rest,
         )
 
     for option in (
         click.option(
+            "--input-dtype",
             "--cast",
-            type=click.Choice(CASTS),
-            help="Cast the inputs to it: other floating numbers, bytes, whole numbers, booleans.",
+            "input_dtype",
+            type=click.Choice(INPUT_DTYPES),
+            help="The dtype to cast inputs to, whether they are floating numbers, integers, bytes or booleans.",
         ),
         click.option("--pad", help="Pad samples of different lengths with this number; 0:500 to the length 500."),
         click.option("--columns", help="Names of the model's inputs in the source, with commas between."),

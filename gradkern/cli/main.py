@@ -68,7 +68,7 @@ def main(debug: bool, log: str, threads: int | None) -> None:
     A SOURCE is x.npy, x.npz:name, x.pt, x.safetensors:name, x.zarr:name, x.h5:name, x.parquet:column or x.csv
 
     \b
-    gradkern run net.pt2 x.npy maps.zarr --reduce importance    maps and statistics, continued after a kill
+    gradkern run net.pt2 x.npy maps.zarr --reductions importance    maps and statistics, continued after a kill
     gradkern report maps.zarr                                   one HTML file
     gradkern importance net.pt2 x.npy                           features, ranked
     gradkern run --help                                         more examples

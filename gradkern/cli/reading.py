@@ -68,14 +68,7 @@ def report(
         raise click.UsageError("--weights belong to a --model, which is not given")
     results = open_store(store)
     made_by = results.about.get("made_by", {})
-    rows = (
-        as_padded(
-            SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast")).open(),
-            None, None, results,
-        )
-        if source
-        else None
-    )  # fmt: skip
+    rows = as_padded(choices.source_of_the_run(source, made_by).open(), None, None, results) if source else None
     net = ModelArguments(model, weights, allow_pickle).load() if model else None
     _check_same(results, net, rows)
     path = report(

@@ -7,7 +7,7 @@ import json
 import click
 
 from . import choices
-from .choices import ModelArguments, SourceArguments
+from .choices import ModelArguments
 from .terminal import line, say
 
 DAMAGED = 5
@@ -48,8 +48,7 @@ def verify(
         named = choices.as_in_the_run({"model": model, "weights": weights, "source": source}, made_by)
         hint = f" The store says: {named}. Give them if you trust these files." if named else ""
         raise click.UsageError(line(f"--repair needs the run's --model and --source.{hint}"))
-    samples = SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast"))
-    rows = samples.open()
+    rows = choices.source_of_the_run(source, made_by).open()
     redo(store, ModelArguments(model, weights, allow_pickle).load(), rows, input_dtype=rows.cast)
     after = check(store)
     say(after)

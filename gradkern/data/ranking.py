@@ -140,17 +140,17 @@ def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
 
 
 def importance(
-    model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
+    model: nn.Module, source: Any, out: str | Path | None = None, targets: Any = None, *, columns: Any = None,
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
     progress: bool | None = None, output: Output = None, pad: Pad | None = None,
     names: Sequence[str] | None = None, **options: Unpack[CommonOptions],
 ) -> Importance:  # fmt: skip
     """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
-    ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing is kept.  ``level`` and
-    ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
-    (0: no curves).  ``names`` are those of the model's outputs, or of the targets.  ``pad``, ``output`` (of a model
-    that returns several) and ``options`` go to `gradkern.run`.
+    ``out``: the store of the run, which can then be resumed like that of `gradkern.run`; without it, nothing is kept.
+    ``targets`` as in `gradkern.jacobian`.  ``level`` and ``draws``: of the bootstrap intervals.  ``curve_samples``: the
+    number of samples for the deletion and insertion curves (0: no curves).  ``names``: of the model's outputs, or of
+    the targets.  The other arguments, and ``options``, go to `gradkern.run`.
 
     Memory is bounded: if the statistics of all outputs would take more than 64 MiB, the outputs are divided into parts,
     each with its own pass over the data.  (With ``out``, or targets that differ by sample, there is one pass.)
@@ -174,7 +174,7 @@ def importance(
 
 
 def plan_importance(
-    model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
+    model: nn.Module, source: Any, out: str | Path | None = None, targets: Any = None, *, columns: Any = None,
     input_dtype: torch.dtype | None = None, output: Output = None, pad: Pad | None = None,
     names: Sequence[str] | None = None, **options: Unpack[CommonOptions],
 ) -> Forecast:  # fmt: skip
@@ -202,7 +202,7 @@ def _ranked_source(
         raise BadValue(
             f"importance: the source has {floating} floating inputs, expected one, whose features are ranked. With "
             "several use gradkern.run(..., reductions=['importance']), which keeps a score for each; whole numbers "
-            "become floating with input_dtype=torch.float32 (--cast float32)."
+            "become floating with input_dtype=torch.float32 (--input-dtype float32)."
         )
     return rows
 

@@ -14,6 +14,7 @@ from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
 from ..data.statistics import finite_rows
 from ..util.outputs import OneOutput
+from ..util.renamed import renamed_argument
 from ..util.untrusted import plain
 from . import datafigures, figures, findings
 from .page import Report, Section
@@ -24,25 +25,26 @@ LONGEST_NAME = 60
 MAP_BYTES_READ = 1 << 30  # bytes of maps that are read for the typical and atypical samples
 
 
+@renamed_argument("results", "store")
 def report(
-    results: Results | str | Path, path: str | Path, *, model: nn.Module | None = None, source: Source | None = None,
+    store: Results | str | Path, path: str | Path, *, model: nn.Module | None = None, source: Source | None = None,
     names: Sequence[str] | None = None, title: str | None = None,
 ) -> Path:  # fmt: skip
     """Write the report of a run to one self-contained HTML file; returns its absolute path.
 
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
-    insertion curves (of the run's ``output``, if that is an index or a name).  ``names`` are those of the outputs.  An
-    unfinished run is reported as far as it has got.
+    insertion curves (of the run's ``output``, if that is an index or a name).  ``names``: of the outputs.  Of an
+    unfinished run, the report covers the finished chunks.
     """
-    store = open_store(results) if isinstance(results, (str, Path)) else results
-    output = store.about["fingerprint"]["method"].get("output")
+    results = open_store(store) if isinstance(store, (str, Path)) else store
+    output = results.about["fingerprint"]["method"].get("output")
     if model is not None and output is not None and not isinstance(model, OneOutput):
         model = OneOutput(model, output)
-    view = StoreSections(store, model, source, names)
-    page = Report(title or f"Attributions: {Path(store.place).name}", view.summary(), sources=view.sources())
+    view = StoreSections(results, model, source, names)
+    page = Report(title or f"Attributions: {Path(results.place).name}", view.summary(), sources=view.sources())
     view.coverage(page.section("Coverage"))
     view.importance(page.section("What the outputs depend on"))
-    if "attributions" in store:
+    if "attributions" in results:
         view.samples(page.section("Typical and atypical samples"))
     if view.stability is not None and view.stability.curve is not None:
         view.curves(page.section("What the ranking is worth"), view.stability.curve)

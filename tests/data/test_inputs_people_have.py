@@ -324,7 +324,7 @@ def test_a_tuple_of_lists_is_a_tuple_of_inputs() -> None:
     ("dtype", "words"), [(np.int16, "only floating numbers have gradients"), (np.float64, "the model is float32")]
 )
 def test_a_dtype_that_the_model_cannot_take_names_the_way_out(dtype, words, engine, tmp_path) -> None:
-    with pytest.raises(TypeError, match=rf"{words}.*input_dtype=torch\.float32 \(--cast float32\)"):
+    with pytest.raises(TypeError, match=rf"{words}.*input_dtype=torch\.float32 \(--input-dtype float32\)"):
         run(nn.Linear(4, 2).eval(), X.astype(dtype), tmp_path / "a.zarr", engine=engine)
 
 

@@ -155,7 +155,7 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     if not any(x.is_floating_point() for x in inputs):
         raise BadType(
             f"source: its samples are {kinds}, and only floating numbers have gradients: input_dtype=torch.float32 "
-            "(--cast float32); of complex ones give torch.view_as_real(x)."
+            "(--input-dtype float32); of complex ones give torch.view_as_real(x)."
         )
     wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if wanted is None or all(x.dtype == wanted for x in inputs if x.is_floating_point()):
@@ -168,8 +168,8 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
             return  # the cause is not the dtype; the run will raise the error
         name = str(wanted).removeprefix("torch.")
         raise BadType(
-            f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--cast {name}), or the "
-            "model in the dtype of the samples."
+            f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--input-dtype {name}), or "
+            "convert the model to the dtype of the samples."
         ) from error
 
 

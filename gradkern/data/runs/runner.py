@@ -76,7 +76,8 @@ def run(
         As in `gradkern.jacobian`: None (all), a list of outputs, ``TopK(k)``, or a tensor ``[N, S]``.
     settings
         ``method``, ``targets`` and all of ``options`` as one value, `gradkern.data.Settings`, in place of keywords.
-        A keyword that is None counts as not given.
+        A keyword that is None counts as not given.  The arguments below are not among the settings: they concern the
+        source, or this process alone.
     columns, input_dtype
         The fields of a sample that are the model's inputs; the dtype that inputs are cast to.
     pad
@@ -89,6 +90,9 @@ def run(
         store.
     progress
         True or False; None shows a bar in a terminal only.
+    made_by
+        Text about the run's origin by name, such as ``{"model": "net.pt2", "source": "x.npy"}``, which the store keeps
+        and the report shows.  It does not affect the run.
     **options
         ``maps=True``: store the maps themselves.
         ``reductions=()``: statistics over samples (``"mean_abs"``, ``"mean"``, ``"variance"``, ``"max_abs"``,

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...dispatch.targets import TopK
 from ...util.options import BadValue
+from ...util.renamed import renamed_argument
 from .. import statistics
 from ..sources import Source, Span, open_source
 from ..store import checks, durable, labels, layout, locks
@@ -90,12 +91,13 @@ def _few(items: list[Any]) -> str:
 # Verifying
 
 
-def verify(place: str | Path) -> Verdict:
+@renamed_argument("place", "store")
+def verify(store: str | Path) -> Verdict:
     """Read a whole store and compare it with the checksums that were taken when it was written.
 
     The store is not changed; `repair` recomputes what is damaged.  Raises `BadValue` if there is no store.
     """
-    text = str(place)
+    text = str(store)
     if not Results.exists(text):
         raise BadValue(f"there is no store at {text}.")
     files = _damaged_files(durable.store_at(text, read_only=True))
@@ -248,8 +250,9 @@ def _join_spans(spans: list[Span]) -> tuple[Span, ...]:
 # Repairing
 
 
+@renamed_argument("place", "store")
 def repair(
-    place: str | Path, model: nn.Module, source: Any, *, settings: Settings | None = None, columns: Any = None,
+    store: str | Path, model: nn.Module, source: Any, *, settings: Settings | None = None, columns: Any = None,
     input_dtype: torch.dtype | None = None, progress: bool | None = None,
 ) -> Results:  # fmt: skip
     """Recompute what `verify` finds damaged, from the run's own model and source; intact data is not touched.
@@ -258,7 +261,7 @@ def repair(
     recomputed data is bit-equal to the original, which the checksums confirm; if it is not, a note in the store says
     so.  Raises `fingerprint.Mismatch` for another model or source, and `store.locks.Busy` while a run is writing.
     """
-    text = str(place)
+    text = str(store)
     with disk_full(text):
         _restore_files(text)
         verdict = verify(text)

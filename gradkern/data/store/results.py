@@ -81,17 +81,18 @@ class Results:
         return True
 
     @classmethod
-    def open(cls, place: str | Path, *, read_only: bool = True) -> Results:
+    @renamed_argument("place", "store")
+    def open(cls, store: str | Path, *, read_only: bool = True) -> Results:
         """Open a run.  Raises `BadValue` if there is none."""
-        text = str(place)
+        text = str(store)
         if not cls.exists(text):
             raise BadValue(f"there is no store at {text}.")
-        store = durable.store_at(text, read_only=read_only)
+        opened = durable.store_at(text, read_only=read_only)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 mode: Literal["r", "r+"] = "r" if read_only else "r+"
-                group = zarr.open_group(store, mode=mode, use_consolidated=False, zarr_format=3)
+                group = zarr.open_group(opened, mode=mode, use_consolidated=False, zarr_format=3)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(
                 f"{text}: zarr.json is damaged ({type(error).__name__}). `gradkern verify {text} --repair` restores it "
@@ -101,8 +102,8 @@ class Results:
         if not isinstance(about, Mapping) or about.get("format") != FORMAT:
             raise BadValue(f"{text} is not a store of gradkern.run (format {FORMAT}). Nothing was changed.")
         trust.check_attributes(text, about)
-        trust.check_chunks(text, store, about)
-        return cls(text, store, group)
+        trust.check_chunks(text, opened, about)
+        return cls(text, opened, group)
 
     @classmethod
     def create(cls, place: str | Path, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> Results:
