@@ -168,8 +168,8 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
             return  # the cause is not the dtype; the run will raise the error
         name = str(wanted).removeprefix("torch.")
         raise BadType(
-            f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--input-dtype {name}), or "
-            "convert the model to the dtype of the samples."
+            f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--input-dtype {name}), "
+            "or convert the model to the dtype of the samples."
         ) from error
 
 
