@@ -88,14 +88,14 @@ def run(
     )  # fmt: skip
     if quiet:
         return
-    state = "complete" if results.about["finished"] else f"{results.done} of {results.chunks} chunks finished"
+    state = "complete" if results.finished else f"{results.finished_chunks} of {results.chunks} chunks finished"
     say(f"{out}: {state}, {results.samples:,} samples, {time.perf_counter() - begin:.1f} s")
     _say_notes(out, results)
 
 
 def _say_notes(out: str, results: Results) -> None:
-    for note in results.about.get("notes", []):
-        say(f"{out}: equal within {results.about['tolerance']:.0e}, not to the last bit: {note}")
+    for note in results.notes:
+        say(f"{out}: equal within {results.tolerance:.0e}, not to the last bit: {note}")
 
 
 @click.command()

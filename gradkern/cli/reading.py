@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -123,10 +123,10 @@ def info(store: str, as_json: bool) -> None:
     results = open_store(store)
     about = results.about
     if as_json:
-        say(as_json_text({**about, "finished_chunks": results.done, "chunks": results.chunks}))
+        say(as_json_text({**about, "finished_chunks": results.finished_chunks, "chunks": results.chunks}))
         return
-    say(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
-    for part in (*about["fingerprint"].values(), about["pinned"]):
+    say(f"{store}: {results.finished_chunks} of {results.chunks} chunks of {results.chunk:,} samples finished")
+    for part in cast(list[dict[str, object]], [*about["fingerprint"].values(), about["pinned"]]):
         for key, value in part.items():
             say(f"  {line(key):<14} {line(value)}")
     for name, array in results.group.arrays():
@@ -134,8 +134,8 @@ def info(store: str, as_json: bool) -> None:
         say(f"  {line(name):<14} {'×'.join(map(str, array.shape))} {kind}")
     if results.names is not None:
         say(f"  {'outputs':<14} {line(', '.join(results.names))}")
-    if about["finished"]:
-        exact = "bit-equal to an uninterrupted run" if about["exact"] else line("; ".join(about["notes"]))
+    if results.finished:
+        exact = "bit-equal to an uninterrupted run" if results.exact else line("; ".join(results.notes))
         short = len(results.short_files())
         say(f"  damaged: {short} files are missing or have another size" if short else f"  complete, {exact}")
         say(f"  (gradkern verify {store} compares everything with its checksums)")

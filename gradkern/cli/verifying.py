@@ -52,7 +52,7 @@ def verify(
     redo(store, ModelArguments(model, weights, allow_pickle).load(), rows, input_dtype=rows.cast)
     after = check(store)
     say(after)
-    for note in open_store(store).about.get("notes", []):
+    for note in open_store(store).notes:
         say(f"{store}: not equal to the last bit: {note}")
     if not after.ok:
         context.exit(DAMAGED)

@@ -39,14 +39,16 @@ def to_modisco(
     Raises `BadValue` for a run without hypothetical contributions, one that is not finished, or another source.
     """
     results = store if isinstance(store, Results) else Results.open(store)
-    place, arguments = results.place, results.about["fingerprint"]["method"]["arguments"]
-    if not arguments.get("hypothetical"):
+    place = results.place
+    if not results.about["fingerprint"]["method"]["arguments"].get("hypothetical"):
         raise BadValue(
             f"{place} has no hypothetical contributions, which TF-MoDISco reads. Run again with hypothetical=True "
             "(--hypothetical), in another store."
         )
-    if results.done < results.chunks:
-        raise BadValue(f"{place} is not finished: {results.done} of {results.chunks} chunks. Continue its run first.")
+    if results.finished_chunks < results.chunks:
+        raise BadValue(
+            f"{place} is not finished: {results.finished_chunks} of {results.chunks} chunks. Continue its run first."
+        )
     rows = open_source(source, columns)
     names = results.ids if names is None else names
     if rows.samples != results.samples:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..util.buffers import buffers_kept
 from ..util.options import BadValue
 from ..util.outputs import OneOutput, Output
+from ..util.samples import spread_indices
 from . import statistics
 from .runs.forecast import Forecast
 from .runs.planning import plan
@@ -241,14 +242,16 @@ def of_results(
     draws: int = 200, curve_samples: int = 256,
 ) -> Importance:  # fmt: skip
     """The importance in a finished store that was made with the reduction ``"importance"``."""
-    if "importance" not in results.about["reductions"]:
+    if "importance" not in results.reductions:
         raise BadValue(f"{results.place} was made without the reduction 'importance'.")
-    if len(results.about["inputs"]) != 1:
-        raise BadValue(f"importance: the model has {len(results.about['inputs'])} floating inputs, expected one.")
+    if len(results.inputs) != 1:
+        raise BadValue(f"importance: the model has {len(results.inputs)} floating inputs, expected one.")
     total = results.ledger.total()
     if total is None:
-        raise BadValue(f"{results.place}: {results.done} of {results.chunks} chunks are finished, expected all.")
-    name = results.about["inputs"][0]
+        raise BadValue(
+            f"{results.place}: {results.finished_chunks} of {results.chunks} chunks are finished, expected all."
+        )
+    name = results.inputs[0]
     if not total.sums[f"{name}/count_group_inputs"].any():
         raise BadValue(f"importance: none of the {results.samples} samples is finite, so there is nothing to rank.")
     sums = {k.removeprefix(name + "/"): v for k, v in total.sums.items()}
@@ -332,8 +335,7 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
     The features are those of the only floating input; other inputs stay as they are.  Samples that are not finite, or
     whose outputs are not, are left out; None if all are, or the mean is not.
     """
-    samples_read = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
-    parts = [source.read(int(i), int(i) + 1) for i in samples_read]
+    parts = [source.read(i, i + 1) for i in spread_indices(source.samples, samples)]
     device = device_of(model)
     inputs = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
     which = [i for i, t in enumerate(inputs) if t.is_floating_point()]

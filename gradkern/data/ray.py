@@ -132,8 +132,8 @@ def run_on_ray(
     done.materialize()
     if not task.results.complete():
         raise RuntimeError(
-            f"{place}: {task.results.done} of {task.results.chunks} chunks are finished, though all workers have "
-            "ended. Run the same again to continue."
+            f"{place}: {task.results.finished_chunks} of {task.results.chunks} chunks are finished, though all "
+            "workers have ended. Run the same again to continue."
         )
     return Results.open(place)
 

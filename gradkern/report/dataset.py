@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..data.ranking import of_results, position_text
 from ..data.statistics import finite_rows
 from ..util.outputs import OneOutput
 from ..util.renamed import renamed_argument
+from ..util.samples import spread_indices
 from ..util.untrusted import plain
 from . import datafigures, figures, findings
 from .page import Report, Section
@@ -82,7 +83,8 @@ class StoreSections:
         self.named = {int(output): name for output, name in zip(rows, self.names, strict=True)}
 
     def _stability(self) -> Importance | None:
-        if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
+        results = self.results
+        if not results.finished or "importance" not in results.reductions or len(results.inputs) > 1:
             return None
         return of_results(self.results, self.model, self.source)
 
@@ -90,7 +92,7 @@ class StoreSections:
         """Scores ``[C, *in]`` and their description, from the reductions if possible, else from the stored maps."""
         if self.stability is not None:
             return self.stability.scores, "mean |attribution| times the feature's standard deviation"
-        if self.about["finished"] and "mean_abs" in self.about["reductions"]:
+        if self.results.finished and "mean_abs" in self.results.reductions:
             return self.results.reduction("mean_abs"), "mean |attribution|"
         if "attributions" in self.results and self.results.array("targets").ndim == 1 and self.finished:
             total, count = np.zeros(()), 0
@@ -107,9 +109,7 @@ class StoreSections:
         array = self.results.array("attributions")
         most = max(1, MAP_BYTES_READ // max(array.dtype.itemsize * int(np.prod(array.chunks)), 1))
         chunks = sorted(self.finished)
-        if len(chunks) > most:
-            chunks = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, most).astype(int))]
-        return [self.results.span(c) for c in chunks]
+        return [self.results.span(chunks[i]) for i in spread_indices(len(chunks), most)]
 
     # ---- sections
 
@@ -120,9 +120,9 @@ class StoreSections:
         return [f"According to the store: {', '.join(said)}."] if said else []
 
     def summary(self) -> str:
-        method = self.about["fingerprint"]["method"]["method"]
-        state = "complete" if self.about["finished"] else f"{self.results.done} of {self.results.chunks} chunks done"
-        return f"{method} of {self.results.samples:,} samples, {state}."
+        results = self.results
+        state = "complete" if results.finished else f"{results.finished_chunks} of {results.chunks} chunks done"
+        return f"{results.method} of {results.samples:,} samples, {state}."
 
     def coverage(self, section: Section) -> None:
         source = self.about["fingerprint"]["source"]
@@ -132,17 +132,17 @@ class StoreSections:
             (f"{self.samples_done:,}", f"samples of {shape}"),
             (f"{self.samples_done / self.seconds:,.0f}" if self.seconds else "–",
              "samples per second while computing (gradkern bench: the Jacobian alone)"),
-            ("yes" if self.about.get("exact") else "no" if self.about["finished"] else "–",
+            ("yes" if self.results.exact else "no" if self.results.finished else "–",
              "bit-equal to an uninterrupted run"),
         ])  # fmt: skip
-        if self.about["finished"] and not self.about["exact"]:
+        if self.results.finished and not self.results.exact:
             section.text(
-                f"Equal within {self.about['tolerance']:.0e} of the largest attribution, not to the last bit: "
-                + "; ".join(self.about["notes"]) + "."
+                f"Equal within {self.results.tolerance:.0e} of the largest attribution, not to the last bit: "
+                + "; ".join(self.results.notes) + "."
             )  # fmt: skip
         for words in self.results.losses():
             section.text(words[0].upper() + words[1:] + ".")
-        if not self.about["finished"]:
+        if not self.results.finished:
             missing = sorted(set(range(self.results.chunks)) - self.finished)
             section.text(f"{len(missing):,} chunks are missing. Run the same call again to continue.")
             section.picture(
@@ -282,9 +282,8 @@ class StoreSections:
         )
 
     def settings(self, section: Section) -> None:
-        fingerprint, pinned = self.about["fingerprint"], self.about["pinned"]
-        rows = [(f"{part}: {key}", value) for part, values in fingerprint.items() for key, value in values.items()]
-        rows += [(f"pinned: {key}", value) for key, value in pinned.items()]
+        parts = cast(dict[str, dict[str, Any]], {**self.about["fingerprint"], "pinned": self.about["pinned"]})
+        rows = [(f"{part}: {key}", value) for part, values in parts.items() for key, value in values.items()]
         section.table(["", "value"], [(k, _short(v)) for k, v in rows], "What makes this run this run.")
         if self.about["program"]:
             section.printed(self.about["program"], "The network as gradkern sees it")

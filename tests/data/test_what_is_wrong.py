@@ -41,7 +41,7 @@ def test_statistics_stop_at_what_is_not_finite_and_name_it(tmp_path, value):
     given = {"method": "input_x_gradient", "reductions": ["mean_abs"], "chunk": 16}
     with pytest.raises(ValueError, match=r"sample 19 are not finite .* 2 others of the samples 16 … 31: 20, 31"):
         run(net(), damaged([19, 20, 31, 38], value), tmp_path / "a.zarr", **given)
-    assert Results.open(tmp_path / "a.zarr").done == 1, "what is finished is kept"
+    assert Results.open(tmp_path / "a.zarr").finished_chunks == 1, "what is finished is kept"
 
 
 @pytest.mark.parametrize("reductions", [["mean_abs"], ["mean", "variance", "max_abs"], ["importance"], ["ranks"]])

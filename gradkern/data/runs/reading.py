@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadValue
+from ...util.samples import spread_indices
 from ..sources import Source
 from ..sources.registry import Span
 from ..store.checks import UNKNOWN, checksum
@@ -23,11 +24,6 @@ from .fingerprint import Mismatch
 
 SPOT_SAMPLES = 32  # samples that are read alone
 SHOWN = 5
-
-
-def spread_indices(count: int, samples: int) -> list[int]:
-    """``count`` indices of samples, evenly spread over all, the first and the last among them."""
-    return sorted({int(i) for i in np.linspace(0, samples - 1, min(count, samples))})
 
 
 def _checksum(rows: Sequence[Tensor]) -> int:
@@ -42,7 +38,7 @@ class SpotSamples:
 
     @classmethod
     def of(cls, source: Source) -> SpotSamples:
-        return cls({i: source.read(i, i + 1) for i in spread_indices(SPOT_SAMPLES, source.samples)})
+        return cls({i: source.read(i, i + 1) for i in spread_indices(source.samples, SPOT_SAMPLES)})
 
     @property
     def copied_bytes(self) -> int:

@@ -114,7 +114,7 @@ def run(
     Returns
     -------
     Results
-        The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
+        The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.finished``, ``.exact``, ``.notes``.
     """
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
     owned_chunks(1, shard)  # an invalid shard is refused before anything is created
@@ -144,7 +144,7 @@ def disk_full(out: str | Path) -> Iterator[None]:
         finished = ""
         try:
             results = Results.open(out)
-            finished = f" with {results.done} of {results.chunks} chunks finished. They are kept"
+            finished = f" with {results.finished_chunks} of {results.chunks} chunks finished. They are kept"
         except (OSError, ValueError):  # there was not even the space to create the store
             finished = ", nothing was computed yet"
         raise DiskFull(

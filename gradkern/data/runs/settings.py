@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, TypedDict, get_args
 
 from ...util.options import BadValue, Engine
 from ...util.outputs import Output, check_output_choice
 from .. import statistics
+from ..store.attributes import Nonfinite
 from ..store.labels import read_text
 from ..store.layout import STORED_AS, codecs
-
-Nonfinite = Literal["error", "skip", "keep"]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ...util.renamed import renamed_argument
 from .. import statistics
 from ..sources import Source, Span, open_source
 from ..store import checks, durable, labels, layout, locks
+from ..store.attributes import Attributes
 from ..store.durable import Damaged
 from ..store.ledger import ChunkRecord, RecordLost, TreeNode
 from ..store.results import Results
@@ -106,7 +107,7 @@ def verify(store: str | Path) -> Verdict:
     results = Results.open(text)
     records, lost = _records(results)
     chunks, unchecked = _damaged_chunks(results, records)
-    finished = bool(results.about["finished"])
+    finished = results.finished
     unfinished = results.chunks - sum(len(results.ledger.span(n)) for n in (*records, *lost))
     reductions = () if lost or unfinished or not finished else _damaged_reductions(results)
     again = sorted({*chunks, *(c for span in lost.values() for c in span)})
@@ -219,11 +220,11 @@ def _as_written(results: Results, name: str, chunk: int, recorded: int) -> bool:
 
 
 def _damaged_reductions(results: Results) -> tuple[str, ...]:
-    total, names = results.ledger.total(), results.about["inputs"]
+    total, names = results.ledger.total(), results.inputs
     assert total is not None
     damaged = []
     for i, name in enumerate(names):
-        for reduction, value in statistics.finish(results.about["reductions"], total.sums, name).items():
+        for reduction, value in statistics.finish(results.reductions, total.sums, name).items():
             key = layout.reduction_key(reduction, names, i)
             try:
                 array = results.array(key)
@@ -318,7 +319,7 @@ def _redo(
     results = task.results
     for node in verdict.records:
         durable.delete(results.store, results.ledger.key(node))
-    if results.about["finished"]:
+    if results.finished:
         results.about["finished"] = False  # until `complete` has written the reductions again
         results.write_attributes()
     with task.ready():
@@ -349,7 +350,7 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
         ledger.amend(chunk, others, task.notes or (["repaired, other bits"] if differs else []))
 
 
-def settings_of_store(about: Mapping[str, Any]) -> Settings:
+def settings_of_store(about: Attributes) -> Settings:
     """The settings that a store was made with, as far as it holds them.  Raises `BadValue` if it has only a hash."""
     fingerprint, pinned = about["fingerprint"], about["pinned"]
     of_method = fingerprint["method"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -217,7 +217,7 @@ class Ledger:
                 if nodes == before:
                     raise
 
-    def total(self, progress: Callable[[int], None] = lambda level: None) -> ChunkRecord | None:
+    def total(self) -> ChunkRecord | None:
         """The record of all chunks together; None as long as some are missing."""
         records = self.records()
         level = 0
@@ -225,7 +225,6 @@ class Ledger:
             count = -(-self.chunks // (1 << level))
             if count == 1:
                 return records.get((level, 0))
-            progress(level)
             for number in range(0, count, 2):
                 left, right = (level, number), (level, number + 1)
                 if left in records and (right in records or number + 1 >= count):
