@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from ..dispatch.targets import Seeds, TopK
 from ..util.options import BadArgument, Engine, Unused, debugging
 from ..util.outputs import Output
+from ..util.renamed import keyword_only
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, check_distribution, points_for
-from .call import PublicMethod, as_instance_of
+from .call import PublicMethod, SharedOptions, as_instance_of
 from .captum_compat import stock
 from .captum_targets import captum_seeds
 from .noise_tunnel import NoiseTunnel
@@ -32,10 +33,12 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     prefer logits, as the path saturates in probabilities.
     """
 
+    @keyword_only("engine", "output")
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
         multiply_by_inputs: bool = True,
+        *,
         engine: Engine | None = None,
         output: Output = None,
     ) -> None:
@@ -88,6 +91,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         method: str = "gausslegendre",
         internal_batch_size: int | None = None,
         return_convergence_delta: bool = False,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
@@ -197,10 +201,12 @@ class GradientShap(PublicMethod, stock.GradientShap):
     logits: only they add up over features on the scale on which the classes compete.
     """
 
+    @keyword_only("engine", "output")
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
         multiply_by_inputs: bool = True,
+        *,
         engine: Engine | None = None,
         output: Output = None,
     ) -> None:
@@ -246,6 +252,7 @@ class GradientShap(PublicMethod, stock.GradientShap):
         hypothetical: bool = False,
         n_references: int = 20,
         random_state: int | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 

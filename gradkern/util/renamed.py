@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -21,6 +22,26 @@ def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[
                 note(f"{old}=", f"{new}=", 3)
                 return function(*args, **{new: kwargs.pop(old)}, **kwargs)
             return function(*args, **kwargs)
+
+        return call
+
+    return wrap
+
+
+def keyword_only(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function whose keyword-only arguments ``names`` could be passed by position before, in this order."""
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        places = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> R:
+            given = dict(zip(names, args[places:], strict=False))
+            if given:
+                named = ", ".join(f"{name}=" for name in given)
+                message = f"{function.__qualname__}: pass {named} by name; by position is an error in the next release"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return function(*args[:places], *args[places + len(given) :], **given, **kwargs)
 
         return call
 

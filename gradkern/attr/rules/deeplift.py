@@ -7,7 +7,7 @@ Here the rule is applied to the Program, so it also works for functional, in-pla
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from ...util.callables import model_of, name_of
 from ...util.options import BadArgument, BadValue, Engine
 from ...util.options import engine as engine_of
 from ...util.outputs import Output
+from ...util.renamed import keyword_only
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, check_distribution
+from ..call import SharedOptions
 from ..captum_compat import stock
 from ..captum_targets import captum_seeds
 from ..plug import GradientFunc, can_handle_call, plug_into
@@ -57,11 +59,13 @@ class DeepLift(OverReferences, stock.DeepLift):
 
     eps = 1e-10  # Captum's default, for objects that another constructor has made
 
+    @keyword_only("engine", "output", "rules")
     def __init__(
         self,
         model: nn.Module,
         multiply_by_inputs: bool = True,
         eps: float = 1e-10,
+        *,
         engine: Engine | None = None,
         output: Output = None,
         rules: Rules = "complete",
@@ -132,6 +136,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         hypothetical: bool = False,
         n_references: int = 20,
         random_state: int | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
@@ -305,10 +310,12 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
 
     _is_captums = False  # also for an accelerated object of Captum's class
 
+    @keyword_only("engine", "output", "rules")
     def __init__(
         self,
         model: nn.Module,
         multiply_by_inputs: bool = True,
+        *,
         engine: Engine | None = None,
         output: Output = None,
         rules: Rules = "complete",
@@ -356,6 +363,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         hypothetical: bool = False,
         n_references: int = 20,
         random_state: int | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
