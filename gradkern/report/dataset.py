@@ -16,13 +16,14 @@ from ..data.statistics import finite_rows
 from ..util.outputs import OneOutput
 from ..util.renamed import renamed_argument
 from ..util.samples import spread_indices
+from ..util.text import shorten
 from ..util.untrusted import plain
 from . import datafigures, figures, findings
 from .page import Report, Section
 
 TOP = 10
 SHOWN_CLASSES = 6
-LONGEST_NAME = 60
+LONGEST_NAME, LONGEST_VALUE = 60, 90  # characters
 MAP_BYTES_READ = 1 << 30  # bytes of maps that are read for the typical and atypical samples
 
 
@@ -78,7 +79,7 @@ class StoreSections:
         self.stability = self._stability()
         self.scores, self.scored_by = self._scores()
         self.targets = np.asarray(results.array("targets")[...])
-        self.names = [_short(plain(n, lines=False), LONGEST_NAME) for n in results.row_names(names)]
+        self.names = [shorten(plain(n, lines=False), LONGEST_NAME) for n in results.row_names(names)]
         rows = self.targets if self.targets.ndim == 1 else range(len(self.names))
         self.named = {int(output): name for output, name in zip(rows, self.names, strict=True)}
 
@@ -116,7 +117,11 @@ class StoreSections:
     def sources(self) -> list[str]:
         """What the store says it was made of.  The text is not trusted, as the store may come from anyone."""
         made_by = self.about.get("made_by") or {}
-        said = [f"{k} {_short(plain(str(made_by[k]), lines=False))}" for k in ("model", "source") if made_by.get(k)]
+        said = [
+            f"{k} {shorten(plain(str(made_by[k]), lines=False), LONGEST_VALUE)}"
+            for k in ("model", "source")
+            if made_by.get(k)
+        ]
         return [f"According to the store: {', '.join(said)}."] if said else []
 
     def summary(self) -> str:
@@ -161,7 +166,7 @@ class StoreSections:
         return self.named.get(int(output), f"output {output}")
 
     def _sample(self, sample: int) -> str:
-        return _short(plain(self.results.sample_name(sample), lines=False), LONGEST_NAME)
+        return shorten(plain(self.results.sample_name(sample), lines=False), LONGEST_NAME)
 
     def importance(self, section: Section) -> None:
         if self.scores is None:
@@ -284,7 +289,9 @@ class StoreSections:
     def settings(self, section: Section) -> None:
         parts = cast(dict[str, dict[str, Any]], {**self.about["fingerprint"], "pinned": self.about["pinned"]})
         rows = [(f"{part}: {key}", value) for part, values in parts.items() for key, value in values.items()]
-        section.table(["", "value"], [(k, _short(v)) for k, v in rows], "What makes this run this run.")
+        section.table(
+            ["", "value"], [(k, shorten(str(v), LONGEST_VALUE)) for k, v in rows], "What makes this run this run."
+        )
         if self.about["program"]:
             section.printed(self.about["program"], "The network as gradkern sees it")
 
@@ -292,8 +299,3 @@ class StoreSections:
 def _first_floating_sample(inputs: Sequence[Tensor]) -> np.ndarray:
     """The sample ``[*in]`` of the first floating input, to which the maps belong."""
     return next(x for x in inputs if x.is_floating_point())[0].float().numpy()
-
-
-def _short(value: Any, most: int = 90) -> str:
-    text = str(value)
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
-
-import torch
-
-from .untrusted import physical_memory
 
 WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "not enough memory", "bad_alloc")
 
 
+def physical_memory() -> int:
+    """Bytes of memory of this machine; a large number where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this error is a failed allocation."""
+    import torch  # here: the command line uses this module, and its help should not wait for torch
+
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import TypeVar
 
@@ -36,11 +37,15 @@ class showing_progress:
     def open(self) -> bool:
         """Whether a loop that starts now draws the bar."""
         if self.choice is None:
-            self.choice = sys.stderr is not None and sys.stderr.isatty()
+            self.choice = _in_terminal()
         return self.choice and not self.drawn
 
 
 _call: ContextVar[showing_progress | None] = ContextVar("gradkern_progress", default=None)
+
+
+def _in_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def is_drawn() -> bool:
@@ -65,6 +70,23 @@ def with_progress(
     """
     call = _call.get()
     return iter(pieces) if call is None or not call.open else _drawn(call, pieces, total, unit, amount, initial)
+
+
+@contextmanager
+def progress_bar(about: str, total: int, done: int, progress: bool | None) -> Iterator[Callable[[int], object]]:
+    """A bar over ``total`` samples, ``done`` of which are finished, under the line ``about``.
+
+    Yields a function to call with the number of samples just finished.  ``progress``: True, False, or None for a bar in
+    a terminal only.
+    """
+    if not (_in_terminal() if progress is None else progress):
+        yield lambda samples: None
+        return
+    from tqdm import tqdm
+
+    print(about, file=sys.stderr)
+    with tqdm(total=total, initial=done, unit="sample", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
+        yield bar.update
 
 
 def _drawn(

@@ -18,12 +18,14 @@ from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
 from ...util.outputs import OneOutput, Sums, output_name
+from ...util.text import shorten
 from .. import methods
 from ..store.attributes import Attributes, CodeKey, Fingerprint, MethodKey, ModelKey, SourceKey, StoredKey, Versions
 from ..store.layout import dtype_name
 from .code import class_lines, code_lines, code_text, package_of
 from .settings import Settings
 
+SHOWN = 60  # characters of a value in a message
 KEYS = 3  # version of the keys of graph and plan; a store without it has version 1
 
 
@@ -216,5 +218,4 @@ def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], 
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(value if isinstance(value, str) else json.dumps(value), SHOWN)

@@ -109,8 +109,7 @@ def probe_run(
     engine = pinned or options.engine(settings.engine)
     program = None
     if engine != "autograd":
-        prepared = api.prepare(model, inputs)
-        program = None if prepared is None else prepared.program
+        program = api.prepare(model, inputs, engine=engine).program
         engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
     if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)

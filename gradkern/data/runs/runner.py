@@ -25,12 +25,11 @@ from torch import nn
 from ...util import options as choices
 from ...util.memory import give_back
 from ...util.options import GradkernWarning
-from ...util.progress import showing_progress
+from ...util.progress import progress_bar, showing_progress
 from ..sources.padding import Pad
 from ..store import locks
 from ..store.results import Results
 from .opening import open_run
-from .progress import progress_bar
 from .settings import RunOptions, Settings, settings_of
 from .shards import Shard, owned_chunks
 from .task import Computed, Task

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue, InputError
+from ...util.text import shorten
 from .columns import NotNumbers, Rows, stack_rows
 from .padding import Pad, Padding, taken_by
 
@@ -163,7 +164,7 @@ def one_line(error: Exception) -> str:
     """The message of an error in one line."""
     text = " ".join(str(error).split())
     text = text.removeprefix("source: ") if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-    return (text if len(text) <= LONGEST else f"{text[:LONGEST]} …").rstrip(" .:")
+    return shorten(text, LONGEST).rstrip(" .:")
 
 
 def check_rows(given: Sequence[Rows], start: int, stop: int) -> None:
