@@ -50,7 +50,7 @@ print(f"correlation with what was planted: {float(torch.corrcoef(torch.stack([ne
 
 # %%
 # References: twenty shuffles of each sequence, drawn with its own seed.  On real sequences use ``--baselines
-# dinucleotide-shuffle`` (tangermeme's, from the extra ``genomics``), which keeps the frequencies of pairs of letters.
+# dinucleotide-shuffle`` (tangermeme's, from the extra ``genomics``), which keeps the frequencies of pairs of bases.
 
 
 def shuffled(inputs: torch.Tensor, n: int, random_state: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dispatch import eager, repeated
+from .dispatch import eager, repeated, state
 from .dispatch.prepared import Prepared
 from .dispatch.request import (
     JacobianResult,
@@ -91,10 +91,10 @@ def jacobian(
         One tensor ``[N, *in]``, or a tuple of such tensors with equal N.  Neither they nor the model are changed.
     targets
         ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list of S
-        distinct ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).  A tensor
-        ``[N, S]`` (or N lists): each sample's own.  A tensor ``[N]`` is refused, because it may mean either.  For an
-        output with several axes a tuple of indices, a list of S tuples, or a tensor ``[N, S, axes]``.  ``TopK(k)``:
-        the k highest outputs of each sample.
+        distinct ints: these outputs **for all samples** (unlike Captum, which reads one target per sample; a warning
+        says so once if S = N).  A tensor ``[N, S]`` (or N lists): each sample's own.  A tensor ``[N]`` is refused,
+        because it may mean either.  For an output with several axes a tuple of indices, a list of S tuples, or a tensor
+        ``[N, S, axes]``.  ``TopK(k)``: the k highest outputs of each sample.
     out
         A tensor or numpy array (`np.memmap`) of the result's shape to write to, or a tuple of them; any floating
         dtype.  The result may be larger than memory.
@@ -134,6 +134,7 @@ def jacobian(
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
+    _note_list_of_targets(request, targets)
     with showing_progress(progress):
         results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
@@ -189,6 +190,7 @@ def iter_jacobian(
             raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
         chunk = size
     request = Request(_callable(model, output), tensors, indices, jacobian_choice(targets))
+    _note_list_of_targets(request, targets)
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
     return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt), progress)
@@ -331,6 +333,18 @@ def _callable(model: object, output: Output) -> Callable[..., Any]:
 
 def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
     return isinstance(inputs, (tuple, list)) if wrt is None else not is_one_index(wrt)
+
+
+def _note_list_of_targets(request: Request, targets: object) -> None:
+    """Say once per model what a list of targets means if it is as long as the batch: Captum reads one per sample."""
+    if not isinstance(targets, list) or not len(targets) == request.samples > 1:
+        return
+    if all(isinstance(target, (int, tuple)) for target in targets):  # lists inside are of one sample each
+        state.warn(
+            request.fn,
+            f"targets: a list of {len(targets)} outputs is differentiated for each of the {request.samples} samples. "
+            "For one output per sample, as in Captum, pass a tensor [N, 1]: torch.as_tensor(targets)[:, None].",
+        )
 
 
 def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:

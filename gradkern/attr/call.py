@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 STAND_INS = 2  # samples that stand in for an empty batch, to learn the shapes of results
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
+PARTS = ("attribution_method", "grad_cam", "guided_backprop", "deconv")
 SHARED = ("out", "wrt", "engine")  # those of `SharedOptions` that a method may also handle itself
 UNPACKED = ("Unpack[CallOptions]", "Unpack[SharedOptions]")  # in a signature: annotations are text
 #: Methods that user-defined subclasses override: the names of the previous release and the present ones.
@@ -181,7 +182,7 @@ _current: ContextVar[_Call | None] = ContextVar("gradkern_attribution", default=
 def public_call(method: Any) -> Iterator[None]:
     """Make everything inside one call of ``method``, after which the method and the model are as before."""
     # Captum sets the gradient of some of its objects at every call
-    gradients = [(part, part.gradient_func) for part in _parts(method) if hasattr(part, "gradient_func")]
+    gradients = [(part, part.gradient_func) for part in _with_parts(method) if hasattr(part, "gradient_func")]
     try:
         if _current.get() is not None:
             yield
@@ -218,10 +219,14 @@ def keep_buffers(fn: Any) -> None:
         call.enter_context(buffers_kept(nn.ModuleList(modules_behind(fn))))
 
 
-def _parts(method: Any) -> list[Any]:
-    """A method and the methods that it is made of."""
-    inner = [getattr(method, name, None) for name in ("attribution_method", "grad_cam", "guided_backprop", "deconv")]
-    return [method, *(part for outer in inner if outer is not None for part in _parts(outer))]
+def parts_of(method: Any) -> dict[str, Any]:
+    """The methods that a composed one is made of, by the attributes in which Captum keeps them."""
+    named = ((name, getattr(method, name, None)) for name in PARTS)
+    return {name: part for name, part in named if part is not None}
+
+
+def _with_parts(method: Any) -> list[Any]:
+    return [method, *(inner for part in parts_of(method).values() for inner in _with_parts(part))]
 
 
 def as_instance_of(kind: Any, method: Any) -> Any:
@@ -238,9 +243,8 @@ def with_engine(method: Any, engine: Any) -> Any:
     twin = copy.copy(method)
     if isinstance(getattr(twin, "gradient_func", None), GradientFunc):
         twin.gradient_func = type(twin.gradient_func)(engine)
-    for name in ("attribution_method", "grad_cam", "guided_backprop"):
-        if hasattr(twin, name):
-            setattr(twin, name, with_engine(getattr(twin, name), engine))
+    for name, part in parts_of(twin).items():
+        setattr(twin, name, with_engine(part, engine))
     return twin
 
 
@@ -271,7 +275,7 @@ def _check_arguments(method: Any, places: Sequence[str], args: tuple[Any, ...], 
                 f"{name}: got {baselines!r} as baselines, expected a number, a tensor or a tuple of them. Pass outputs "
                 "by name: targets=..."
             )
-    for part in _parts(method):
+    for part in _with_parts(method):
         gradients = getattr(part, "gradient_func", None)
         if isinstance(part, PublicMethod) and gradients is not None and not isinstance(gradients, GradientFunc):
             raise BadType(

@@ -23,7 +23,7 @@ from ..util.callables import modules_behind, name_of, unwrap, with_output
 from ..util.options import BadArgument, BadType, Engine, Unused, debugging
 from ..util.outputs import OneOutput, Output, check_output_choice
 from ..util.renamed import keyword_only
-from .call import keep_buffers
+from .call import keep_buffers, parts_of
 from .captum_compat import compute_gradients, format_tensor_into_tuples, stock
 from .captum_targets import captum_seeds
 from .points import with_arguments
@@ -159,9 +159,8 @@ def accelerate(attribution: Any, *, engine: Engine | None = None) -> Any:
     kind = REPLACEMENTS.get(type(attribution), type(attribution))
     if kind in REPLACEMENTS.values():
         attribution.__class__ = kind
-        for part in ("grad_cam", "guided_backprop"):
-            if hasattr(attribution, part):
-                accelerate(getattr(attribution, part), engine=engine)
+        for part in parts_of(attribution).values():
+            accelerate(part, engine=engine)
     elif isinstance(attribution, (stock.LayerAttribution, stock.NeuronAttribution)):
         state.warn(None, f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
     plug_into(attribution, getattr(kind, "gradients", GradientFunc)(engine))

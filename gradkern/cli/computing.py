@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--method", help="saliency (the default), jacobian, input_x_gradient, or a class of gradkern.attr.")
 @click.option(
     "--reductions", "--reduce", "reductions",
-    help="Statistics: mean_abs, mean, variance, max_abs, ranks, importance; with commas between.",
+    help="Statistics, separated by commas: mean_abs, mean, variance, max_abs, ranks, importance.",
 )  # fmt: skip
 @click.option("--maps/--no-maps", default=True, help="Store the maps, or the statistics only.")
 @click.option("--top-features", type=click.IntRange(1), help="Per sample, the k largest features.")
@@ -34,14 +34,12 @@ if TYPE_CHECKING:
     help="References per sample: dinucleotide-shuffle, shuffle, or module:function (inputs, n, random_state).",
 )  # fmt: skip
 @click.option("--n-references", type=click.IntRange(1), help="References per sample; 20 by default.")
-@click.option(
-    "--random-state", type=click.IntRange(0), help="Seed of the references, which are drawn sample by sample."
-)
+@click.option("--random-state", type=click.IntRange(0), help="Seed for drawing the references.")
 @click.option("--hypothetical", is_flag=True, help="Contributions of every base at every position.")
 @click.option("--windows", type=choices.WindowsType(), help="Sums over these positions of the output as targets.")
 @click.option("--shard", type=choices.ShardType(), default="0/1", help="Only this part of the chunks, for job arrays.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing.")
-@click.option("--ids", help="Names of the samples: a .txt file with one a line, .npy, or table.csv:column.")
+@click.option("--ids", help="Names of the samples: a .txt file with one per line, .npy, or table.csv:column.")
 @choices.dry_run
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def run(
@@ -101,14 +99,14 @@ def _say_notes(out: str, results: Results) -> None:
 @click.command()
 @choices.model_and_source
 @choices.run_options
-@click.option("--out", help="Keep the run in this store (it then resumes).")
+@click.option("--out", help="Keep the run in this store, so that it can be resumed.")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Features per output.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @choices.dry_run
 def importance(
     model: ModelArguments, samples: SourceArguments, top: int, as_json: bool, dry_run: bool, **options: Any
 ) -> None:
-    """Rank the features of SOURCE by their effect on each output; no map is stored.
+    """Rank the features of SOURCE by their effect on each output, without storing maps.
 
     \b
     gradkern importance net.pt2 x.npy

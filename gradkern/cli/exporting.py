@@ -15,7 +15,7 @@ from .terminal import say
 @click.argument("store")
 @click.argument("source")
 @click.argument("folder")
-@click.option("--columns", help="Names of the model's inputs in the source, with commas between.")
+@click.option("--columns", help="Names of the model's inputs in the source, separated by commas.")
 @click.option(
     "--target", type=click.IntRange(0), default=0, show_default=True, help="The position among the run's targets."
 )

@@ -290,7 +290,7 @@ class StoreSections:
         parts = cast(dict[str, dict[str, Any]], {**self.about["fingerprint"], "pinned": self.about["pinned"]})
         rows = [(f"{part}: {key}", value) for part, values in parts.items() for key, value in values.items()]
         section.table(
-            ["", "value"], [(k, shorten(str(v), LONGEST_VALUE)) for k, v in rows], "What makes this run this run."
+            ["", "value"], [(k, shorten(str(v), LONGEST_VALUE)) for k, v in rows], "What identifies this run."
         )
         if self.about["program"]:
             section.printed(self.about["program"], "The network as gradkern sees it")

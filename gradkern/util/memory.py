@@ -49,8 +49,8 @@ class Growth:
 
     def __enter__(self) -> Growth:
         try:
-            give_back()  # the use of freed memory again would not be seen
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+            give_back()  # otherwise, memory that is reused would not count
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present use
             self._before = _status("VmRSS")
         except (OSError, StopIteration):
             pass
@@ -64,8 +64,8 @@ class Growth:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can; by itself it keeps up to some 100 MiB."""
-    with suppress(AttributeError, TypeError, OSError):  # of another C library than GNU's
+    """Return freed memory to the system, of which the C library would keep up to about 100 MiB."""
+    with suppress(AttributeError, TypeError, OSError):  # not GNU's C library
         ctypes.CDLL(None).malloc_trim(0)
 
 

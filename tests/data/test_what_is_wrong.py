@@ -257,7 +257,7 @@ def test_a_second_run_is_refused_and_told_who_is_at_work_and_the_dead_hold_nothi
     holder = forks.start(hold)
     try:
         assert os.read(reader, 4) == b"held"
-        with pytest.raises(Busy, match=rf"process {holder} on \S+ \(since \d{{4}}-.*, chunks 0 … 2\) is at work"):
+        with pytest.raises(Busy, match=rf"process {holder} on \S+ \(since \d{{4}}-.*, chunks 0 … 2\) is computing"):
             run(net(), samples(), out, **given)
         assert partial.exists()
         run(net(), samples(), out, shard=(1, 2), **given)  # the chunks 5 … 9 are free
@@ -286,7 +286,7 @@ def test_a_second_run_in_another_thread_is_refused_too(tmp_path, monkeypatch):
     first.start()
     assert inside.wait(60)
     try:
-        with pytest.raises(Busy, match="is at work on the chunks 0 … 4"):
+        with pytest.raises(Busy, match="is computing the chunks 0 … 4"):
             run(net(), samples(), tmp_path / "a.zarr", chunk=8)
     finally:
         go_on.set()

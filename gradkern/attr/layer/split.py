@@ -35,7 +35,10 @@ _tails: Memo[Tail] = Memo(256)
 
 @dataclass(frozen=True)
 class Tail:
-    """The part of a Program from a value on.  Its inputs are that value, then the others that cross the cut."""
+    """The part of a Program after a value.  Its inputs are that value, then the other values that cross the cut.
+
+    In ``y = f(h) + x`` with ``h = g(x)``, the tail after ``h`` has the inputs ``h`` and ``x``.
+    """
 
     program: Program
     value: int

@@ -90,10 +90,10 @@ class DeepLift(OverReferences, stock.DeepLift):
         """Captum's ``attribute``, by the rule above.
 
         ``baselines`` may also be references per sample, over which the attributions are averaged: a tensor
-        ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which is asked for ``n_references``
-        of each sample, with a separate seed for each sample if there is a ``random_state``.  The delta is then per
-        pair, ``[N · R]``.  ``hypothetical``: the contributions of every letter that could stand in a one-hot sequence
-        ``[N, letters, length]`` (see `gradkern.attr.references`).
+        ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which draws ``n_references``
+        for each sample, with a separate seed for each sample if there is a ``random_state``.  The delta is then per
+        pair, ``[N · R]``.  ``hypothetical``: the contributions of every base at every position
+        of one-hot sequences ``[N, bases, length]`` (see `gradkern.attr.references`).
         """
         rows = compat.format_tensor_into_tuples(inputs)
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
@@ -221,7 +221,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         return None
 
     def _on_hooks(self) -> None:
-        """Warn that Captum's hooks ran where rules that complete were asked for."""
+        """Warn that Captum's hooks ran although ``rules="complete"`` was requested."""
         gradients = self.gradient_func
         if isinstance(gradients, GradientFunc) and engine_of(gradients.engine) != "autograd":
             model = model_of(self.forward_func)
@@ -254,8 +254,8 @@ def say_constant(fn: Any, where: str) -> None:
     """Warn, once per model, that something is detached in ``where``."""
     state.warn(
         fn,
-        f"{name_of(fn)}: DeepLift takes what is detached (in {where}) as constant, with its value at the input. "
-        "Attributions add up to the change of the output with these values held, not to all of it.",
+        f"{name_of(fn)}: DeepLift treats detached tensors (in {where}) as constants, with their values at the input. "
+        "Attributions add up to the change of the output with these values fixed, not to the whole change.",
     )
 
 

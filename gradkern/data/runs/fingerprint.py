@@ -105,7 +105,7 @@ def _plain(value: Any, unchanged: frozenset[str] | None = None) -> Any:
         name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
         return {"function": name, "code": _hash(code_text(value, unchanged))}
     raise BadValue(
-        f"arguments: got {type(value).__name__}, expected numbers, text, tensors, functions, or lists of such."
+        f"arguments: got {type(value).__name__}, expected numbers, text, tensors, functions, or lists of these."
     )
 
 

@@ -154,7 +154,7 @@ def disk_full(out: str | Path) -> Iterator[None]:
 def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
     """Compute the chunks of ``owned_chunks`` that are not finished; return their number.
 
-    Raises `locks.Busy` if another run is at work on some of them, and `Mismatch` if a finished one was computed from
+    Raises `locks.Busy` if another run is computing some of them, and `Mismatch` if a finished one was computed from
     other samples.
     """
     task.reading.check_finished(task.results.ledger.finished() & set(owned_chunks))

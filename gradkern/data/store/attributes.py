@@ -1,6 +1,7 @@
-"""The attributes of a store: what is recorded of a run besides its arrays, as it lies in ``zarr.json``.
+"""The attributes of a store: everything that is recorded about a run besides its arrays, in ``zarr.json``.
 
-`trust.check_attributes` checks those of a store that is opened; stores of earlier versions lack what is `NotRequired`.
+`trust.check_attributes` checks them when a store is opened.  Stores of earlier versions may lack those
+that are `NotRequired`.
 """
 
 from __future__ import annotations

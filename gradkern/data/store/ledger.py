@@ -129,14 +129,14 @@ class Ledger:
         content = durable.get(self.store, self.key(node))
         if content is None:
             raise RecordLost(
-                f"the store has lost its record {self.key(node)}. `gradkern verify` says what it stood for."
+                f"the record {self.key(node)} is missing. `gradkern verify` lists the samples that it covered."
             )
         try:
             return ChunkRecord.from_bytes(content, len(self.span(node)))
         except ValueError as error:
             raise Damaged(
                 f"{self.key(node)} is damaged ({error}). `gradkern verify STORE --repair`, or gradkern.data.repair, "
-                "computes again what it stood for."
+                "recomputes the chunks that it covered."
             ) from error
 
     def _own(self, node: TreeNode) -> ChunkRecord:

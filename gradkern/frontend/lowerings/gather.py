@@ -194,7 +194,7 @@ def where(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if len(sides) == 2:
         return b.emit(Sum(), tuple(side for _, side in sides), a.result)
     if not sides:
-        raise NoForm("what it takes does not depend on the samples")
+        raise NoForm("the values that it gathers do not depend on the samples")
     (keep, y), other = sides[0], a.other if sides[0][0] else a.self
     if not isinstance(other, Param):
         if number_of(other) == 0:
