@@ -66,6 +66,7 @@ _INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
 _SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")
 _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
 _BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a partial's module is the model
+_NO_HOOKS = "EMPTY_NN_MODULE_HOOKS_DICT"  # the type of a guard
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
 Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has or inherits it, its name, its code
@@ -204,7 +205,7 @@ def _evaluating_reader(graph: GuardedGraph) -> Reader:
 
 
 def _rerunning_reader(graph: GuardedGraph, code: types.CodeType) -> Reader:
-    """Reads the tensors by running Dynamo's code, which passes them to `_Backend`; slower, but it has no exceptions."""
+    """Reads the tensors by running Dynamo's code, which passes them to `_Backend`; slower, but covers every case."""
 
     def read(local: dict[str, Any], shared: dict[str, Any]) -> dict[str, Tensor]:
         _, arguments = types.FunctionType(code, shared)(**local)
@@ -244,17 +245,17 @@ class _Backend:
             values = [guard.value for guard in guards if guard.has_value]
             owners = {value if isinstance(value, type) else type(value) for value in values}
             graph.methods = tuple(m for owner in owners for m in _methods(owner, read))
-        hookless = {guard.name for guard in guards if guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT"}
-        return [_counts(guard, hookless) for guard in guards]
+        empty = {guard.name for guard in guards if guard.guard_type == _NO_HOOKS}
+        return [_counts(guard, empty) for guard in guards]
 
 
-def _counts(guard: Any, hookless: set[str]) -> bool:
-    """Whether a guard can fail where no other does.  ``hookless``: the tables of hooks that are guarded to be empty."""
-    # What autograd does with the tensors that it saves is nothing to a graph, and takes Python code to check.
-    if guard.guard_type == "AUTOGRAD_SAVED_TENSORS_HOOKS":
-        return False
-    # The hooks that take keyword arguments are among all hooks.
-    return guard.name not in hookless or guard.name.removesuffix("_with_kwargs") not in hookless - {guard.name}
+def _counts(guard: Any, empty: set[str]) -> bool:
+    """Whether a guard can fail while all others hold.  ``empty``: the tables that are guarded to have no hooks."""
+    if guard.guard_type == _NO_HOOKS:  # the hooks that take keyword arguments are among all hooks
+        table = guard.name.removesuffix("_with_kwargs")
+        return table == guard.name or table not in empty
+    # A graph does not depend on hooks for the tensors that autograd saves, and checking them takes Python code.
+    return guard.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS"
 
 
 def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:
