@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../content_hash.h"
 #include "../op_bodies.h"
 #include "check_records.h"
 #include "isa.h"
@@ -312,13 +313,17 @@ void mark_finite(const Kernels<T>& kernels, const Tensor& rows, const Tensors& o
   });
 }
 
+void check_chain(const Tensors& chain) {
+  GRADKERN_CHECK(chain.size() == 4, "gradkern: a chain is weights, tables and two lists of records, got ", chain.size(),
+                 " tensors");
+}
+
 // Runs a few samples at a time, and adds their results to the statistics while they are in the cache.
 void chain_statistics(const Tensors& inputs, const Tensors& chain, const Ints& sizes, const Tensors& outputs,
                       const Tensor& targets, const std::optional<Tensor>& seed_rows, int64_t seed_tile,
                       const Tensor& room, const Tensors& sums, const Tensor& groups, const Tensor& finite, bool skip,
                       bool magnitude) {
-  GRADKERN_CHECK(chain.size() == 4, "gradkern: a chain is weights, tables and two lists of records, got ", chain.size(),
-                 " tensors");
+  check_chain(chain);
   const Tensor &packed = chain[0], &tables = chain[1], &forward = chain[2], &backward = chain[3];
   GRADKERN_CHECK(!inputs.empty() && targets.dim() == 1 && room.dim() >= 2 && room.numel() > 0,
                  "gradkern: statistics need an input, targets [S] and room for some samples, got ", inputs.size(),
@@ -342,13 +347,30 @@ void chain_statistics(const Tensors& inputs, const Tensors& chain, const Ints& s
   }
 }
 
+// One op for the hash and the chain, because the way into an op takes longer than the hash of a small network.
+int64_t chain_vjp_if(const Tensors& live, int64_t content, const Tensors& inputs, const Tensors& chain,
+                     const Ints& sizes, const Tensors& outputs, const Tensor& targets,
+                     const std::optional<Tensor>& seed_rows, int64_t seed_tile, const Tensors& results) {
+  check_chain(chain);
+  const int64_t found = content_hash(live);
+  if (found == content)
+    chain_vjp<CpuSizes, run>(inputs, chain[0], chain[1], chain[2], chain[3], sizes, outputs, targets, seed_rows, {},
+                             seed_tile, results);
+  return found;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
+  // `chain_vjp` for targets [S], if `content_hash` of `live` is `content`; returns that hash.  `chain`: packed weights,
+  // tables, forward and backward records.
+  m.def(
+      "chain_vjp_if(Tensor[] live, int content, Tensor[] inputs, Tensor[] chain, int[] sizes, Tensor(a!)[] outputs, "
+      "Tensor targets, Tensor? seed_rows, int seed_tile, Tensor(b!)[] results) -> int");
   // `chain_vjp` for targets [S], a few samples at a time: as many as `room` [n, S, size] has room for.  Their results
   // are not kept, but added to `sums` as by `accumulate`; `magnitude`: sums[0] is of absolute values, too.  finite[i]
   // of the samples [N] is cleared where a result is NaN or Inf, or an output NaN; with `skip` such samples do not
-  // count. `chain`: packed weights, tables, forward and backward records.
+  // count.  `chain`: as above.
   m.def(
       "chain_statistics(Tensor[] inputs, Tensor[] chain, int[] sizes, Tensor(a!)[] outputs, Tensor targets, "
       "Tensor? seed_rows, int seed_tile, Tensor(b!) room, Tensor(c!)[] sums, Tensor groups, Tensor(d!) finite, "
@@ -357,6 +379,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
   m.impl("chain_statistics", TORCH_BOX(&chain_statistics));
+  m.impl("chain_vjp_if", TORCH_BOX(&chain_vjp_if));
   m.impl("rescale", TORCH_BOX(&rescale));
   m.impl("chain_forward", TORCH_BOX((&chain_forward<CpuSizes, run>)));
   m.impl("chain_vjp", TORCH_BOX((&chain_vjp<CpuSizes, run>)));

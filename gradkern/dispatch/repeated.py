@@ -80,10 +80,13 @@ def note(request: Request, engine: Engine, entry: CacheEntry, graph: GuardedGrap
 
 def run(whole: WholeChain, watch: Watch, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """The gradients by a single call of the kernel; None if none may run with the weights as they are."""
-    packed = whole.packed(tensors)
-    if packed is None:
-        return None
-    begin = clock()
-    jacobians = whole(packed, whole.rows(packed), [x.detach() if x.requires_grad else x for x in inputs])
+    begin, inputs = clock(), [x.detach() if x.requires_grad else x for x in inputs]
+    jacobians = whole.repeat(tensors, inputs)
+    if jacobians is None:
+        packed = whole.packed(tensors)
+        if packed is None:
+            return None
+        begin = clock()
+        jacobians = whole(packed, whole.rows(packed), inputs)
     watch.seconds += clock() - begin  # `Watch.add`, without a call
     return jacobians

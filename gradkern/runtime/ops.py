@@ -69,7 +69,7 @@ def extension() -> Any:
         what = f"is not available ({error}); results are the same, only slower"
         warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
-    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_statistics"))  # the newest ops
+    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_vjp_if"))  # the newest ops
     if not known or compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
         what = "was built from another version and is not used"
         warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
@@ -178,6 +178,27 @@ def chain_vjp(
     chain = (list(inputs), packed, tables, forward, backward, sizes.integers, values)
     torch.ops.gradkern.chain_vjp(*chain, targets, seed_rows, list(cotangents), seed_tile, list(results))
     return values
+
+
+def chain_vjp_if(
+    live: Sequence[Tensor],
+    content: int,
+    inputs: Sequence[Tensor],
+    chain: Sequence[Tensor],
+    sizes: Sizes,
+    outputs: Sequence[int],
+    targets: Tensor,
+    seed_rows: Tensor | None,
+    seed_tile: int,
+    results: Sequence[Tensor],
+) -> bool:
+    """`chain_vjp` on a CPU, if `content_hash` of ``live`` is ``content``; whether it is.  ``chain``: packed weights,
+    tables, forward and backward records."""
+    values = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
+    found = torch.ops.gradkern.chain_vjp_if(
+        live, content, inputs, chain, sizes.integers, values, targets, seed_rows, seed_tile, results
+    )
+    return found == content
 
 
 def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: float) -> Tensor:

@@ -174,6 +174,7 @@ class Packed:
         # On a GPU, reading the result waits until everything above is done, so afterwards any stream may use the pack.
         low, high = torch.aminmax(self.weights)  # NaN if any weight is; one pass without a large temporary
         self.finite = bool(torch.isfinite(low) & torch.isfinite(high))
+        self.records = [self.weights, self.tables, self.forward, self.backward]
         self._seed_rows: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # by targets (their id)
 
     @property

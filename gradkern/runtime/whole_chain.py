@@ -33,7 +33,7 @@ class WholeChain:
 
     def __init__(
         self, program: Program, call_plan: CallPlan, chain: Chain, like: Tensor, wrt: tuple[int, ...], targets: Tensor,
-        axes: Shape,
+        axes: Shape, on_cpu: bool,
     ) -> None:  # fmt: skip
         self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
         self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
@@ -42,6 +42,7 @@ class WholeChain:
         self.order = [chain.wrt.index(v) for v in wrt]
         numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
         self.gradient_bytes = numbers * like.element_size()  # per sample
+        self.on_cpu = on_cpu  # the kernels, and all live tensors
         self.output_bytes, self.device = program.outputs * like.element_size(), like.device
 
     def packed(self, tensors: Params) -> Packed | None:
@@ -62,19 +63,39 @@ class WholeChain:
 
     def __call__(self, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The gradients ``[N, S, *in]`` of each input that is differentiated."""
-        n, seeds = inputs[0].shape[0], self.targets.shape[0]
-        results = [inputs[v].new_empty((n, seeds, *inputs[v].shape[1:])) for v in self.chain.wrt]
-        if n * self.gradient_bytes >= ops.HUGE:
-            for fresh in results:
-                ops.on_huge_pages(fresh)
-        # One sample is never cut, so the sizes need not be asked for.
-        chunk = limit_for_progress(samples_per_chunk(self.device, self.output_bytes), n) if n > 1 else 1
+        n, results = inputs[0].shape[0], self._room(inputs)
+        chunk = self._chunk(n)
         if 0 < n <= chunk:
             self._fill(packed, rows, inputs, results)
         else:
             for a, b in spans(0, n, chunk):
                 self._fill(packed, rows, [x[a:b] for x in inputs], [r[a:b] for r in results])
         return [results[k] for k in self.order]
+
+    def repeat(self, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """The same if the live ``tensors`` are as in the last call, in one op; None if they are not, or if the op
+        does not serve such calls."""
+        content, latest = self._latest
+        packed, n = latest() if latest is not None else None, inputs[0].shape[0]
+        if packed is None or content is None or not packed.finite or not self.on_cpu or not 0 < n <= self._chunk(n):
+            return None
+        chain, results = self.chain, self._room(inputs)
+        live, reads = [tensors[name] for name in self.plan.live_names], [inputs[v].contiguous() for v in chain.inputs]
+        seeds = self.targets, self.rows(packed), chain.seed_tile
+        same = ops.chain_vjp_if(live, content, reads, packed.records, chain.sizes, chain.output_sizes, *seeds, results)
+        return [results[k] for k in self.order] if same else None
+
+    def _room(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        n, seeds = inputs[0].shape[0], self.targets.shape[0]
+        results = [inputs[v].new_empty((n, seeds, *inputs[v].shape[1:])) for v in self.chain.wrt]
+        if n * self.gradient_bytes >= ops.HUGE:
+            for fresh in results:
+                ops.on_huge_pages(fresh)
+        return results
+
+    def _chunk(self, n: int) -> int:
+        """How many samples run at a time.  One sample is never cut, so the sizes need not be asked for."""
+        return limit_for_progress(samples_per_chunk(self.device, self.output_bytes), n) if n > 1 else 1
 
     def add_to(self, sums: ops.Statistics, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         """The outputs ``[N, *out]``; the Jacobians of the one input that is differentiated are added to ``sums``.
@@ -89,8 +110,9 @@ class WholeChain:
         room = x.new_empty(min(most, n), self.targets.shape[0], *x.shape[1:])
         outputs = [x.new_empty(n, size) for size in chain.output_sizes]
         reads = [inputs[v].contiguous() for v in chain.inputs]
-        records = packed.weights, packed.tables, packed.forward, packed.backward
-        ops.chain_statistics(reads, records, chain.sizes, outputs, self.targets, rows, chain.seed_tile, room, sums)
+        ops.chain_statistics(
+            reads, packed.records, chain.sizes, outputs, self.targets, rows, chain.seed_tile, room, sums
+        )
         return outputs[0].view(n, *self.program.output_shape)
 
     def shaped(self, jacobians: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -138,4 +160,5 @@ def whole_chain(
     reads = [*(inputs[v] for v in chain.inputs), *(params[name] for name in call_plan.plan.packed_names)]
     if set(chain.wrt) != set(wrt) or any(x.dtype != like.dtype or x.device != like.device for x in reads):
         return None
-    return WholeChain(program, call_plan, chain, like, wrt, targets, axes)
+    on_cpu = isinstance(chain.sizes, CpuSizes) and all(params[name].is_cpu for name in call_plan.plan.live_names)
+    return WholeChain(program, call_plan, chain, like, wrt, targets, axes, on_cpu)

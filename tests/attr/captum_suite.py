@@ -105,7 +105,7 @@ class Count:
         self.reasons: dict[str, set[str]] = defaultdict(set)  # by test
         for kind in REPLACEMENTS.values():
             self._watch(kind, "__init__", lambda *_: self.ran[self.test].add("object"))
-        for name in ("chain_vjp", "chain_forward"):
+        for name in ("chain_vjp", "chain_vjp_if", "chain_forward"):
             self._watch(ops, name, lambda *_: self.ran[self.test].add("kernel"))
         for name in ("vjp_step", "forward_step"):
             self._watch(reference, name, lambda *_: self.comparing or self.ran[self.test].add("reference"))

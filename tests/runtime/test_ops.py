@@ -32,6 +32,40 @@ def test_opcheck_vjp(group):
     torch.library.opcheck(G.chain_vjp.default, tuple(arguments(group=group).values()))
 
 
+def conditional(found: dict, live: list[torch.Tensor], content: int) -> tuple:
+    """The arguments of `chain_vjp_if` from those of `chain_vjp`."""
+    chain = [found[key] for key in ("packed", "tables", "forward", "backward")]
+    rest = (found[key] for key in ("sizes", "outputs", "targets", "seed_rows", "seed_tile", "results"))
+    return (live, content, found["inputs"], chain, *rest)
+
+
+def test_a_chain_runs_if_the_live_tensors_are_unchanged() -> None:
+    want, found, live = arguments(), arguments(), [torch.randn(5), torch.arange(3)]
+    found["inputs"] = want["inputs"]
+    G.chain_vjp(*want.values())
+    content = ops.content_hash(live)
+    live[0][3] += 1
+    assert G.chain_vjp_if(*conditional(found, live, content)) == ops.content_hash(live) != content
+    assert not any(r.any() for r in (*found["results"], *found["outputs"]))
+    live[0][3] -= 1
+    live[0].copy_(live[0].clone())
+    content = ops.content_hash(live)
+    assert G.chain_vjp_if(*conditional(found, live, content)) == content
+    for key in ("results", "outputs"):
+        assert all(torch.equal(a, b) for a, b in zip(found[key], want[key], strict=True))
+    chain = list(conditional(found, live, content))
+    chain[3] = chain[3][:3]
+    with pytest.raises(RuntimeError, match="a chain is weights, tables and two lists of records, got 3 tensors"):
+        G.chain_vjp_if(*chain)
+
+
+def test_opcheck_vjp_if() -> None:
+    live = [torch.randn(5)]
+    checks = ("test_schema", "test_autograd_registration")  # as for the hash, below
+    given = conditional(arguments(), live, ops.content_hash(live))
+    torch.library.opcheck(G.chain_vjp_if.default, given, test_utils=checks)
+
+
 @pytest.mark.parametrize("pool", [[], [1, 2, 1, 2, 0, 1, 1, 1, 1, 4]])
 def test_opcheck_rescale(pool):
     z = torch.randn(3, 2, 1, 6)
