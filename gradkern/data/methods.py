@@ -129,7 +129,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
     if arguments.get("additional_forward_args") is not None:
         raise BadValue(
             "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
-            "arguments as further inputs, source=(x, more), and put what all samples share into the model."
+            "arguments as further inputs, with source=(x, more), and put what all samples share into the model."
         )
     for name, value in arguments.items():
         values = value if isinstance(value, tuple) else (value,)
