@@ -211,7 +211,7 @@ def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence
 
 
 def _has_own_references(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
-    """Are these references ``[N, R, *in]`` of input ``k``?"""
+    """Whether these are references ``[N, R, *in]`` of input ``k``."""
     return _has_rows(value) and k < len(inputs) and value.ndim == inputs[k].ndim + 1
 
 
