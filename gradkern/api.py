@@ -139,7 +139,8 @@ def jacobian(
     if out is not None:  # the caller's own objects
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
     answer = tuple(shaped) if as_tuple else shaped[0]
-    return (answer, results.top_indices()) if isinstance(results.seeds, TopSeeds) else answer
+    seeds = results.seeds
+    return (answer, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else answer
 
 
 @overload
@@ -208,7 +209,8 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
             shaped = tuple(j[start:stop] for j in whole.shaped)
         answer = shaped if as_tuple else shaped[0]
         shown = slice(first, first + stop - start)
-        yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
+        chosen = results.seeds
+        yield (answer, chosen.indices_per_sample()[shown]) if isinstance(chosen, TopSeeds) else answer
 
 
 def prepare(

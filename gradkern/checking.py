@@ -98,7 +98,7 @@ def _exact_request(
 def _names(results: JacobianResult) -> list[str]:
     """Names for the outputs that were differentiated."""
     seeds, shape = results.seeds, results.output_shape
-    if seeds.indices is not None and seeds.indices.dim() == 2:
+    if seeds.per_sample:
         return [f"#{s}" for s in range(seeds.count)]  # a different output in each sample
     indices = torch.arange(seeds.count) if seeds.indices is None else seeds.indices
     if len(shape) < 2:

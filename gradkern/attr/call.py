@@ -32,6 +32,7 @@ from ..util.options import BadType, BadValue, use
 from ..util.progress import showing_progress
 from ..util.random_state import RandomState
 from ..util.renamed import adopt_old_methods
+from .old_signatures import adopt_indices
 
 if TYPE_CHECKING:
     from .plug import GradientFunc
@@ -55,6 +56,7 @@ class PublicMethod:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         adopt_old_methods(cls, OLD_NAMES)
+        adopt_indices(cls, ("row_maps", "layer_maps"))
         for name, wrap in (("attribute", _attribute), ("attribute_all", _attribute_all)):
             function = getattr(cls, name, None)
             if function is not None and not hasattr(function, "_is_public"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import api
 from ..dispatch.request import checked_wrt
-from ..dispatch.targets import TopK
+from ..dispatch.targets import Seeds, TopK
 from ..util.options import Engine
 from ..util.outputs import Output
 from ..util.renamed import note
@@ -38,8 +38,8 @@ class GradientMethod(RowMethod):
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""
         raise NotImplementedError
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
-        gradients = points.gradients(points.inputs, points.more, index, seeds)
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors:
+        gradients = points.gradients(points.inputs, points.more, seeds)
         self.finish_gradients(gradients, points.inputs, options)
         return gradients
 

@@ -231,8 +231,8 @@ def gradients(batch: Batch) -> Outcome:
     tensors, indices = read_inputs(batch.inputs, floating)
     request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
     results = solve(request, decide(request, batch.engine))
-    rows = results.indices
-    return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
+    seeds = results.seeds
+    return Outcome(results.jacobians, results.outputs, seeds.indices if seeds.per_sample else None)
 
 
 @register_method("saliency")
@@ -321,7 +321,7 @@ class FromCaptum:
         out = tuple(outputs.shape[1:])
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()
         seeds = jacobian_choice(batch.targets)(n, out)
-        rows = seeds.indices if seeds.indices is not None and seeds.indices.dim() == 2 else None
+        rows = seeds.indices if seeds.per_sample else None
         if top:  # the outputs that were explained; another forward pass might order them differently
             rows = flat_indices(more[-1], out)
         maps = tuple(m.detach().reshape(n, seeds.count, *m.shape[1 + axes :]) for m in maps)

@@ -259,7 +259,7 @@ def fill(
             results.kept.append(y.detach())
         results.fill_top_indices(start, stop, y)
         seeds = results.seeds
-        index = results.indices if whole or results.indices is None else results.chosen.rows(start, stop)
+        index = seeds.indices if whole else seeds.part(start, stop).indices
         rows = results.jacobians if whole else [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
         group = together or _group_size(y, leaves, seeds.count, memory_budget(y.device) // 2)
         batched, small = group > 1, seeds.count * y.numel() <= SMALL_COTANGENTS
@@ -364,7 +364,7 @@ def with_graph(request: Request) -> JacobianResult:
     shape = tuple(y.shape[1:])
     seeds = request.resolve_seeds(request.samples, shape).chosen_by(y)
     _check_followed(request, y)
-    index = seeds.rows(0, request.samples)
+    index = seeds.indices
     leaves = [inputs[w] for w in request.wrt]
     columns: list[list[Tensor]] = [[] for _ in leaves]
     for s in range(seeds.count):
@@ -375,4 +375,4 @@ def with_graph(request: Request) -> JacobianResult:
             column.append(gradient)
     flat = tuple(torch.stack(column, dim=1) for column in columns)  # each [N, S, *in]
     shaped = tuple(j.view(request.samples, *seeds.axes, *j.shape[2:]) for j in flat)
-    return JacobianResult(seeds, seeds.indices, shape, flat, shaped)
+    return JacobianResult(seeds, shape, flat, shaped)

@@ -14,7 +14,7 @@ from ..util.options import BadType, BadValue, engine
 from . import batching
 from .request import Request
 from .route import VERIFY_SAMPLES, decide, solve, timing
-from .targets import Seeds, TopSeeds
+from .targets import Seeds
 
 
 class Prepared:
@@ -118,7 +118,7 @@ def shared_seeds(request: Request, shape: Shape) -> Seeds:
 
 def require_shared_seeds(seeds: Seeds) -> Seeds:
     """Refuse seeds that are not the same for all samples."""
-    if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
+    if seeds.per_sample or seeds.awaits_outputs:
         raise BadValue(
             "targets: got targets of each sample (or TopK), expected None or the same outputs for all samples, as an "
             "int, a list or a tuple. Call gradkern.jacobian for targets of each sample."

@@ -110,16 +110,17 @@ class Request:
 class JacobianResult:
     """The results of a request, filled in by rows of samples.
 
-    ``seeds``: the requested seeds; ``indices``: their indices, filled in later if the outputs choose them (`TopK`).
-    ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, in the caller's memory if ``out`` is given;
-    ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.
+    ``seeds``: the requested seeds; their indices are filled in by rows, too, if the outputs choose them
+    (``filled_by_outputs``).  ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, in the caller's memory
+    if ``out`` is given; ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by
+    piece.
     """
 
     seeds: Seeds
-    indices: Tensor | None
     output_shape: Shape
     jacobians: tuple[Tensor, ...]
     shaped: tuple[Tensor, ...]
+    filled_by_outputs: bool = False
     kept: list[Tensor] = field(default_factory=list)
 
     @property
@@ -127,20 +128,12 @@ class JacobianResult:
         """The model's outputs ``[N, *out]``, if the request asked to keep them."""
         return torch.cat(self.kept)
 
-    @property
-    def chosen(self) -> Seeds:
-        """The seeds, with the indices that have been filled in."""
-        return replace(self.seeds, indices=self.indices)
-
-    def top_indices(self) -> Tensor:
-        """The choice of `TopK`, as the call returns it."""
-        assert isinstance(self.seeds, TopSeeds)
-        return replace(self.seeds, indices=self.indices).indices_per_sample()
-
     def fill_top_indices(self, start: int, stop: int, outputs: Tensor) -> None:
         """Fill in the indices of the samples ``start:stop`` if their ``outputs`` choose them."""
-        if isinstance(self.seeds, TopSeeds) and self.indices is not None:
-            self.indices[start:stop] = self.seeds.highest(outputs)
+        if self.filled_by_outputs:
+            assert isinstance(self.seeds, TopSeeds)
+            assert self.seeds.indices is not None
+            self.seeds.indices[start:stop] = self.seeds.highest(outputs)
 
 
 def allocate(request: Request, output_shape: Shape, partial: JacobianResult | None = None) -> JacobianResult:
@@ -156,9 +149,9 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
             )
         return partial
     seeds = request.resolve_seeds(request.samples, output_shape)
-    indices = seeds.indices
-    if isinstance(seeds, TopSeeds):
-        indices = torch.zeros(request.samples, seeds.count, dtype=torch.int64)
+    awaits_outputs = seeds.awaits_outputs
+    if awaits_outputs:
+        seeds = replace(seeds, indices=torch.zeros(request.samples, seeds.count, dtype=torch.int64))
     inputs = [request.inputs[w] for w in request.wrt]
     shapes = [(request.samples, *seeds.axes, *x.shape[1:]) for x in inputs]
     flat = [(request.samples, seeds.count, *x.shape[1:]) for x in inputs]
@@ -171,7 +164,7 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
             raise BadValue(f"out: got {len(outs)} tensors, expected {len(shapes)}, one per differentiated input.")
         rows = [out_tensor(g, s, f) for g, s, f in zip(outs, shapes, flat, strict=True)]
     shaped = tuple(r.view(r.shape[0], *seeds.axes, *r.shape[2:]) for r in rows)
-    return JacobianResult(seeds, indices, output_shape, tuple(rows), shaped)
+    return JacobianResult(seeds, output_shape, tuple(rows), shaped, awaits_outputs)
 
 
 def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:

@@ -302,9 +302,16 @@ def _by_program(
     )
     if whole is not None:
         return whole
-    saved = _profile_of_program(request, route).per_sample if captured.verdict.opaque else 0
+    torch_bytes = _profile_of_program(request, route).per_sample if captured.verdict.opaque else 0
     return batching.run(
-        request, captured.program, captured.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
+        request,
+        captured.program,
+        captured.tensors,
+        route.engine,
+        start,
+        results,
+        torch_bytes=torch_bytes,
+        watch=route.entry.watch,
     )
 
 
@@ -324,9 +331,9 @@ def _make_setup(request: Request, route: Route, captured: BoundProgram, kind: tu
     seeds = request.resolve_seeds(request.samples, program.output_shape)
     whole = None
     # On a GPU, whether its kernels are wanted depends on the engine, and their first results are compared.
-    if request.seeds_key is not None and seeds.count and x.device.type == "cpu" and not batching.not_native(x):
+    if request.seeds_key is not None and seeds.count and x.device.type == "cpu" and batching.has_kernels(x):
         whole = whole_chain(program, route.params(), request.inputs, seeds.indices, seeds.axes, request.wrt)
-    timing_key = program.key, type(seeds).__name__, seeds.count, x.dtype, x.device, *kind
+    timing_key = program.key, seeds.awaits_outputs, seeds.count, x.dtype, x.device, *kind
     return CallSetup(seeds, timing_key, whole)
 
 
@@ -370,7 +377,7 @@ def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, setu
     if clock() - begin < repeated.SHORT:
         repeated.note(request, route.engine, route.entry, captured.graph, whole)
     seeds, shaped = setup.seeds, whole.shaped(jacobians)
-    return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
+    return JacobianResult(seeds, captured.program.output_shape, tuple(jacobians), shaped)
 
 
 def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | None:

@@ -54,15 +54,40 @@ class Seeds:
     axes: Shape
     indices: Tensor | None
 
-    def rows(self, start: int, stop: int) -> Tensor | None:
-        """Indices for the samples ``start:stop``: None (all C), ``[S]`` or ``[stop - start, S]``."""
-        if self.indices is None or self.indices.dim() == 1:
-            return self.indices
-        return self.indices[start:stop]
+    @classmethod
+    def of(cls, indices: Tensor) -> Seeds:
+        """Seeds at flat ``indices``, ``[S]`` or ``[N, S]``."""
+        return cls(indices.shape[-1], (indices.shape[-1],), indices)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether samples differ in their seeds."""
+        return self.indices is not None and self.indices.dim() == 2
+
+    @property
+    def awaits_outputs(self) -> bool:
+        """Whether the model's outputs still have to choose the seeds."""
+        return False
 
     def part(self, start: int, stop: int) -> Seeds:
         """These seeds for the samples ``start:stop`` alone."""
-        return replace(self, indices=self.rows(start, stop))
+        return self._each(lambda indices: indices[start:stop])
+
+    def repeat(self, times: int) -> Seeds:
+        """These seeds for ``times`` copies of the batch, one batch after the other."""
+        return self._each(lambda indices: indices.repeat(times, 1))
+
+    def repeat_interleave(self, times: int) -> Seeds:
+        """These seeds for ``times`` copies of every sample, one sample after the other."""
+        return self._each(lambda indices: indices.repeat_interleave(times, 0))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Seeds:
+        """These seeds with indices ``[N, S]`` changed; those that all samples share stay as they are."""
+        return replace(self, indices=change(self.indices)) if self.per_sample and self.indices is not None else self
+
+    def targets(self, outputs: int, device: torch.device) -> Tensor:
+        """Flat indices of the outputs on ``device``, ``[S]`` or ``[N, S]``, out of ``outputs`` per sample."""
+        return torch.arange(outputs, device=device) if self.indices is None else self.indices.to(device)
 
     def chosen_by(self, outputs: Tensor) -> Seeds:
         """These seeds once the model's ``outputs [N, *out]`` are known."""
@@ -74,6 +99,10 @@ class TopSeeds(Seeds):
     """The k highest outputs of each sample: ``indices`` is None until the outputs are known, then ``[N, k]``."""
 
     out: Shape
+
+    @property
+    def awaits_outputs(self) -> bool:
+        return self.indices is None
 
     def highest(self, outputs: Tensor) -> Tensor:
         """Flat indices ``[n, k]`` of the highest of each sample's ``outputs [n, *out]``."""

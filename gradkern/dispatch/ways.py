@@ -57,7 +57,7 @@ def measure(request: Request, captured: BoundProgram, setup: CallSetup, profile:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     seeds, whole = setup.seeds, setup.whole
     few = _fewer(seeds)
-    saved = profile.per_sample if captured.verdict.opaque else 0
+    torch_bytes = profile.per_sample if captured.verdict.opaque else 0
 
     def run(way: Way, samples: int) -> float:
         part = request.part(0, samples, seeds if way == "kernels" else few)
@@ -67,7 +67,7 @@ def measure(request: Request, captured: BoundProgram, setup: CallSetup, profile:
             if whole is not None and packed is not None:
                 whole(packed, whole.rows(packed), [x.detach() for x in part.inputs])
             elif way == "kernels":
-                batching.run(part, captured.program, captured.tensors, "auto", saved=saved)
+                batching.run(part, captured.program, captured.tensors, "auto", torch_bytes=torch_bytes)
             else:
                 eager.run_as_measured(part, profile, 0, None, few.count, batched=way == "batched")
 
