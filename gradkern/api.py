@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, overload
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import eager, repeated
+from .dispatch.autograd_call import output_shape, whole_batch_reason
 from .dispatch.prepared import Prepared
 from .dispatch.request import (
     JacobianResult,
@@ -21,10 +22,10 @@ from .dispatch.request import (
     jacobian_choice,
     read_inputs,
 )
-from .dispatch.route import decide, ensure_captured, output_shape, solve, timing, whole_batch_reason
-from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
-from .ir.calls import Params
-from .ir.program import Program
+from .dispatch.route import decide
+from .dispatch.solve import solve, timing
+from .dispatch.state import BoundProgram
+from .dispatch.targets import Targets, TopK, TopSeeds
 from .planner.plan import Plan, PlanStep
 from .runtime import executor, mac_counter, parameters
 from .util import options
@@ -228,10 +229,9 @@ def prepare(
     ``targets`` as in `jacobian`, the same for all samples; ``wrt`` (by default all floating inputs) and ``output`` as
     in `jacobian`.  `jacobian` itself uses the captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
     """
-    request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
-    verdict = ensure_captured(request, decide(request))
-    program = None if verdict is None else verdict.program
-    return Prepared(request, program, _gives_tuple(inputs, wrt))
+    request = _inspection_request(model, inputs, targets, wrt, output)
+    bound = decide(request, "kernel").bound_program(request)
+    return Prepared(request, None if bound is None else bound.program, _gives_tuple(inputs, wrt))
 
 
 @dataclass(frozen=True)
@@ -265,36 +265,30 @@ def explain(
     inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
     with options.use(options.engine(engine)):
-        request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
-        return _explain(request, show)
+        return _explain(_inspection_request(model, inputs, targets, wrt, output), show)
 
 
 def _explain(request: Request, show: bool) -> Explanation:
     route = decide(request)
-    eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
-    if route.eager_reason is not None:
-        eager_reason = route.eager_reason.text
-    verdict = None if eager_reason else ensure_captured(request, route)
+    bound = None if route.why_eager else route.bound_program(request)
     explanation: Explanation
-    if verdict is None or verdict.program is None:
-        reason = eager_reason or (verdict.reason if verdict else "")
-        explanation = WholeModel(name_of(request.fn), reason)
+    if bound is None:
+        explanation = WholeModel(name_of(request.fn), route.why_eager)
     else:
-        seeds = request.resolve_seeds(request.samples, verdict.program.output_shape)
-        explanation = _plan(request, verdict.program, route.params(), seeds)
-        explanation = explanation.timed(timing(request, route))
+        explanation = _plan(request, bound).timed(timing(request, route))
     if show:
         print(explanation)
     return explanation
 
 
-def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> Plan:
-    x = request.inputs[request.wrt[0]]
-    plan = executor.plan_for(program, seeds.count, x.dtype, x.device, wrt=request.wrt)
+def _plan(request: Request, bound: BoundProgram) -> Plan:
+    x, program = request.inputs[request.wrt[0]], bound.program
+    count = request.resolve_seeds(request.samples, program.output_shape).count
+    plan = executor.plan_for(program, count, x.dtype, x.device, wrt=request.wrt)
     with torch.inference_mode(False), torch.no_grad():
-        params = parameters.bind(plan.program, params)
+        params = parameters.bind(plan.program, bound.params())
         macs = mac_counter.opaque_macs(plan.program, params, request.pick(2))
-        return plan.explained(macs, executor.fallback_reason(program, seeds.count, params, request.inputs, request.wrt))
+        return plan.explained(macs, executor.fallback_reason(program, count, params, request.inputs, request.wrt))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -323,7 +317,7 @@ def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:
     return eager.with_graph(request)
 
 
-def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Output = None) -> Request:
+def _inspection_request(model: Model, inputs: Any, targets: Any, wrt: Wrt, output: Output) -> Request:
     """A request for inspection only: by default, integer inputs are allowed, and not differentiated."""
     if wrt is None:
         tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -331,4 +325,4 @@ def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Outp
     checked, indices = read_inputs(inputs, wrt)
     if not checked[0].shape[0]:
         raise BadValue("inputs: got no samples, expected at least one: a network is verified on some of them.")
-    return Request(_callable(model, output), checked, indices, jacobian_choice(None))
+    return Request(_callable(model, output), checked, indices, jacobian_choice(targets))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import api
 from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inputs
-from .dispatch.route import decide, solve
+from .dispatch.route import decide
+from .dispatch.solve import solve
 from .dispatch.targets import Targets, TopK
 from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrap, with_output

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ..dispatch import batching
+from ..dispatch.autograd_call import output_shape, whole_batch_reason
 from ..dispatch.request import Request
-from ..dispatch.route import Route, ensure_captured, output_shape, shared_route, solve, whole_batch_reason
+from ..dispatch.route import Route, shared_route
+from ..dispatch.solve import solve
+from ..dispatch.state import BoundProgram
 from ..dispatch.targets import Seeds
 from ..ir.program import Program, Shape
 from ..util.callables import with_given
@@ -76,9 +79,14 @@ class Points:
 
     def captured(self) -> Program | None:
         """The model's Program, captured now if it is not known; None if the model has none (a warning says why)."""
-        if self.route.engine != "autograd":
-            ensure_captured(self.base_request, self.route)
-        return self.route.program
+        bound = self.route.bound_program(self.base_request)
+        return None if bound is None else bound.program
+
+    @property
+    def bound(self) -> BoundProgram:
+        """The model's Program, which has been captured, and its live tensors."""
+        assert self.route.bound is not None
+        return self.route.bound
 
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
         """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
@@ -113,7 +121,7 @@ class Points:
             result = solve(request, route)
         else:
             route.check_reached(request)
-            result = batching.run(request, program, route.tensors, route.engine)
+            result = batching.run(request, program, self.bound.tensors, route.engine)
         return result.jacobians
 
     def blocks(self, steps: int, seed_count: int) -> Iterator[tuple[int, int, int, int]]:

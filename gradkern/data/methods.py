@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from .. import attr
 from ..attr.gradient import GradientMethod
-from ..dispatch import route
+from ..dispatch import solve as solving
 from ..dispatch.request import Request, jacobian_choice, read_inputs
-from ..dispatch.route import decide, solve
+from ..dispatch.route import decide
+from ..dispatch.solve import solve
 from ..dispatch.targets import TopK
 from ..runtime.ops import Statistics
 from ..util import renamed
@@ -262,7 +263,7 @@ def add_to_sums(method: Method, batch: Batch, sums: Statistics) -> Tensor | None
     tensors, indices = read_inputs(batch.inputs, floating)
     sums = replace(sums, magnitude=_OF_GRADIENTS[method])
     request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets))
-    return route.add_to_sums(request, decide(request, batch.engine), sums)
+    return solving.add_to_sums(request, decide(request, batch.engine), sums)
 
 
 def _apply_gradient_method(batch: Batch, kind: type[GradientMethod]) -> Outcome:

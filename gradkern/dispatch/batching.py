@@ -16,7 +16,7 @@ from ..runtime import executor, ops, parameters, reference
 from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import Engine, use
 from ..util.progress import limit_for_progress
-from .eager import forward
+from .live_model import forward
 from .request import JacobianResult, Request, allocate
 from .targets import Seeds
 from .watch import Watch

@@ -13,7 +13,8 @@ from ..runtime.whole_chain import whole_chain
 from ..util.options import BadType, BadValue, engine
 from . import batching
 from .request import Request
-from .route import VERIFY_SAMPLES, decide, solve, timing
+from .route import decide
+from .solve import solve, timing
 from .targets import Seeds
 
 
@@ -80,20 +81,19 @@ class Prepared:
         if self.program is None or engine() == "autograd":
             return self._live
         route = decide(request, "kernel")
-        if route.eager_reason is None:
-            route.capture(lambda: self._request.pick(VERIFY_SAMPLES))
-        if route.program is None:
+        bound = None if route.eager_reason is not None else route.bound_program(self._request)
+        if bound is None:
             raise BadValue("model: it has changed since it was prepared, and now runs on autograd. Call jacobian.")
         route.check_reached(request)
-        program = self.program = route.program
+        program = self.program = bound.program
         seeds = shared_seeds(request, program.output_shape)
-        whole, packed = whole_chain(program, route.params(), given, seeds.indices, seeds.axes, wrt), None
+        whole, packed = whole_chain(program, bound.params(), given, seeds.indices, seeds.axes, wrt), None
         if whole is not None:
-            packed = whole.packed(route.tensors)
+            packed = whole.packed(bound.tensors)
         if whole is None or packed is None:
             if not self._kernels_win(request):
                 return self._live
-            tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
+            tensors = {name: x.detach().clone() for name, x in bound.tensors.items()}
             return lambda inputs: batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, "auto").shaped
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))

@@ -42,9 +42,9 @@ class EarlierCall:
     def again(self, fn: Callable[..., Any], x: Tensor) -> Tensor | None:
         """The Jacobian ``[N, *axes, *in]`` at ``x``; None if the call needs more than the kernel."""
         entry, whole = self.entry, self.whole
-        if entry.watch.seconds > entry.watch.due_after or self.graph not in entry.verdicts:
+        if entry.watch.seconds > entry.watch.due_after or self.graph not in entry.programs:
             return None
-        match = guards.matching(entry.capture, {"fn": fn, "given": {}, "inputs": self.stand_ins, "output": None})
+        match = guards.matching(entry.graphs, {"fn": fn, "given": {}, "inputs": self.stand_ins, "output": None})
         if match is None or match.graph is not self.graph:
             return None
         entry.misses = 0

@@ -119,7 +119,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
             tensors = all(isinstance(x, Tensor) for x in rows)
             points = points_for(self, rows, extra, integers=self._takes_integers) if tensors else None
         if points is not None:
-            points.route.work.other += seconds
+            points.route.entry.work.other += seconds
 
 
 def make_attribute(kind: Any) -> Any:

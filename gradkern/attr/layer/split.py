@@ -29,7 +29,7 @@ from ..rules.linear import rule_values
 from ..rules.rule import Values
 
 SAMPLES = 3  # samples on which the layer's value is compared with the Program's values, beside as many noisy ones
-#: Layer values by the verdict on a captured graph, then by the layer's path and whether its input is meant.
+#: Layer values by the verified Program, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
 
@@ -48,7 +48,7 @@ def layer_value(points: Points, program: Program, layer: nn.Module, path: str, t
 
     It is remembered as long as the graph, but only if these weights and samples left no other choice.
     """
-    remembered = _values.of(points.route.verdict)
+    remembered = _values.of(points.bound.verified)
     value = remembered.get((path, to_input))
     if value is not None:
         return value
@@ -75,7 +75,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         return None, False
     live, content = seen[-1]
     with torch.no_grad():
-        values = reference.forward(program, points.route.params(), rows)
+        values = reference.forward(program, points.bound.params(), rows)
         equal = [v for v, of in enumerate(values) if _equal(of, content)]
         value, unique = _best(program, path, to_input, equal)
     # The comparison of a new Program with autograd covers no gradient if all inputs are integers.
@@ -116,7 +116,7 @@ def _confirm(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, li
     if want is None or tail.program.output < 0:
         return want is None and tail.program.output < 0
     with torch.no_grad():
-        params, program = points.route.params(), tail.program
+        params, program = points.bound.params(), tail.program
         tail_values = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
         (got,) = reference.vjp(program, params, tail_values, g.unsqueeze(1), (0,))
     return _equal(got.squeeze(1), want)
@@ -158,7 +158,7 @@ class LayerView:
         self.points, self.program, self.value = points, program, value
         self.exclusive = exclusive  # whether all readers of the value read it from the layer
         self.tail = tail_of(program, value)
-        self.params = points.route.params()
+        self.params = points.bound.params()
 
     def at(self, points: Points) -> LayerView:
         """This layer at other samples."""
@@ -209,7 +209,7 @@ class LayerView:
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
     """The model seen from ``layer``; None if it has no Program (or none yet, without ``now``) or no such value."""
     name = options.engine(points.engine)
-    now = now or name in ("kernel", "reference") or points.route.work.capture_pays()
+    now = now or name in ("kernel", "reference") or points.route.entry.work.capture_pays()
     program = points.captured() if now else points.program()
     if program is None:
         return None

@@ -268,7 +268,7 @@ class OverReferences(RuleMethod):
         contributions = by_user if wanted.custom is not None else contributions
         contributions = letters if wanted.hypothetical else contributions
         with torch.inference_mode(False), torch.no_grad():
-            averaging = Averaging(points, seeds, references, program, points.route.params(), wanted.delta)
+            averaging = Averaging(points, seeds, references, program, points.bound.params(), wanted.delta)
             options: Options = {"baselines": points.inputs}
             maps, delta, rule = averaging.run(make, contributions, options)
         self._done(points, rule)

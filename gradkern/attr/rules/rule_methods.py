@@ -95,7 +95,7 @@ class RuleMethod(ProgramMethod):
         device, n = inputs[0].device, inputs[0].shape[0]
         results, rule = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in points.inputs), None
         with torch.inference_mode(False), torch.no_grad():
-            params = points.route.params()
+            params = points.bound.params()
             for a, b in spans(0, n, samples_at_a_time(program, seeds.count, inputs[0].dtype, device)):
                 chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, points.plain_torch)
                 targets = seeds.part(a, b).targets(program.outputs, device)
