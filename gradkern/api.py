@@ -11,21 +11,15 @@ import torch
 from torch import Tensor
 
 from .dispatch import eager, repeated
+from .dispatch.arguments import OutArgument, is_one_index, read_inputs
 from .dispatch.autograd_call import output_shape, whole_batch_reason
+from .dispatch.checks import check_devices
 from .dispatch.prepared import Prepared
-from .dispatch.request import (
-    JacobianResult,
-    OutArgument,
-    Request,
-    check_devices,
-    is_one_index,
-    jacobian_choice,
-    read_inputs,
-)
+from .dispatch.request import JacobianResult, Request
 from .dispatch.route import decide
 from .dispatch.solve import solve, timing
 from .dispatch.state import BoundProgram
-from .dispatch.targets import Targets, TopK, TopSeeds
+from .dispatch.targets import Targets, TopK, TopSeeds, jacobian_choice
 from .planner.plan import Plan, PlanStep
 from .runtime import executor, mac_counter, parameters
 from .util import options

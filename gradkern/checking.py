@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import api
-from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inputs
+from .dispatch.arguments import read_inputs
+from .dispatch.request import JacobianResult, Request
 from .dispatch.route import decide
 from .dispatch.solve import solve
-from .dispatch.targets import Targets, TopK
+from .dispatch.targets import Targets, TopK, jacobian_choice
 from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrap, with_output
 from .util.options import BadValue, Engine

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..codegen.support import NATIVE_DTYPES
-from ..dispatch.request import check_output, jacobian_choice
+from ..dispatch.checks import check_output
 from ..dispatch.route import one_call
-from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
+from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds, jacobian_choice
 from ..ir.program import Shape
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.request import checked_wrt, is_one_index, out_tensor
+from ..dispatch.arguments import checked_wrt, is_one_index, out_tensor
 from ..dispatch.route import one_call
 from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import api
-from ..dispatch.request import checked_wrt
+from ..dispatch.arguments import checked_wrt
 from ..dispatch.targets import Seeds, TopK
 from ..util.options import Engine
 from ..util.outputs import Output

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
-from ..dispatch.targets import Seeds
+from ..dispatch.targets import Seeds, jacobian_choice
 from ..util.chunks import RowBlock, row_blocks
 from ..util.options import BadType
 from . import captum_compat as compat

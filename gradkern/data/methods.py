@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from .. import attr
 from ..attr.gradient import GradientMethod
 from ..dispatch import solve as solving
-from ..dispatch.request import Request, jacobian_choice, read_inputs
+from ..dispatch.arguments import read_inputs
+from ..dispatch.request import Request
 from ..dispatch.route import decide
 from ..dispatch.solve import solve
-from ..dispatch.targets import TopK
+from ..dispatch.targets import TopK, jacobian_choice
 from ..runtime.ops import Statistics
 from ..util import renamed
 from ..util.options import BadType, BadValue, Engine, use

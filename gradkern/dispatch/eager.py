@@ -18,9 +18,10 @@ from ..util.chunks import spans
 from ..util.memo import on_reset
 from ..util.options import BadValue, memory_budget
 from ..util.torch_compat import without_fallback_warning
+from .checks import check_devices, check_reached
 from .live_model import forward, leaves_of, outside_modes
 from .profile import ModelProfile
-from .request import JacobianResult, Request, allocate, check_devices, check_reached
+from .request import JacobianResult, Request, allocate
 
 SMALL_COTANGENTS = 1 << 16  # elements; up to this many, the cotangents of all seeds are one tensor
 
@@ -107,7 +108,7 @@ def fill(
                 y, leaves, sent if batched else sent[0],
                 retain_graph=last < seeds.count, allow_unused=True, is_grads_batched=batched,
             )  # fmt: skip
-            check_reached(request, _none_of(request, gradients))
+            check_reached(request.wrt, _none_of(request, gradients))
             for row, gradient in zip(rows, gradients, strict=True):
                 if batched:
                     row[:, first:last] = gradient.movedim(0, 1)
@@ -118,7 +119,7 @@ def fill(
 
 def _check_followed(request: Request, y: Tensor) -> None:
     if not y.requires_grad:  # the output does not even depend on a parameter
-        check_reached(request, request.wrt)
+        check_reached(request.wrt, request.wrt)
 
 
 def _none_of(request: Request, gradients: Sequence[Tensor | None]) -> list[int]:
@@ -185,7 +186,7 @@ def with_graph(request: Request) -> JacobianResult:
     for s in range(seeds.count):
         hot = _cotangents(y, index, s, s + 1)[0]
         gradients = torch.autograd.grad(y, leaves, hot, create_graph=True, allow_unused=True)
-        check_reached(request, _none_of(request, gradients))
+        check_reached(request.wrt, _none_of(request, gradients))
         for column, gradient in zip(columns, gradients, strict=True):
             column.append(gradient)
     flat = tuple(torch.stack(column, dim=1) for column in columns)  # each [N, S, *in]

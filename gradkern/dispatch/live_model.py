@@ -13,7 +13,8 @@ from ..ir.program import Shape
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from ..util.options import InputError
-from .request import Request, check_output, explain_failure
+from .checks import check_output, explain_failure
+from .request import Request
 
 
 @contextmanager

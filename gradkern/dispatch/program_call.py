@@ -15,8 +15,9 @@ from ..runtime.whole_chain import whole_chain
 from ..util.memo import Memo, WeakMemo
 from . import batching, eager, repeated, ways
 from .autograd_call import AutogradCall
+from .checks import check_fits_in_memory
 from .first_use import clock
-from .request import JacobianResult, Request, check_fits_in_memory
+from .request import JacobianResult, Request
 from .route import Route
 from .state import BoundProgram
 from .watch import SAMPLES

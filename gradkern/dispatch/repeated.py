@@ -21,8 +21,9 @@ from ..util.memo import Memo, WeakMemo
 from ..util.options import Engine
 from . import guards
 from .first_use import clock
-from .request import Request, targets_key
+from .request import Request
 from .state import CacheEntry
+from .targets import targets_key
 from .watch import Watch
 from .ways import pinned_way
 

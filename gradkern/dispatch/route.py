@@ -20,8 +20,9 @@ from ..util import options
 from ..util.callables import is_same, name_of
 from ..util.options import Engine
 from . import guards, state
+from .checks import check_devices, check_reached
 from .guards import EagerReason
-from .request import Request, check_devices, check_reached
+from .request import Request
 from .state import BoundProgram, CacheEntry, ModelState, Refusal
 
 VERIFY_SAMPLES = 4  # that a new Program is compared with autograd on
@@ -91,7 +92,7 @@ class Route:
     def check_reached(self, request: Request) -> None:
         """Raise `Unused` for an input that the output is known not to depend on."""
         if self.bound is not None:
-            check_reached(request, self.bound.verified.unused)
+            check_reached(request.wrt, self.bound.verified.unused)
 
     def serves(self, request: Request, engine: Engine) -> bool:
         """Whether another request can take this route."""

@@ -10,9 +10,10 @@ from ..runtime.ops import Statistics
 from ..util import options
 from ..util.memory import out_of_memory
 from .autograd_call import AutogradCall, output_shape
+from .checks import too_large
 from .live_model import outside_modes
 from .program_call import ProgramCall
-from .request import JacobianResult, Request, allocate, too_large
+from .request import JacobianResult, Request, allocate
 from .route import Route
 from .watch import OutputsChanged
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import gradkern
 from gradkern.dispatch import eager, profile
-from gradkern.dispatch.request import Request, allocate, jacobian_choice
+from gradkern.dispatch.request import Request, allocate
+from gradkern.dispatch.targets import jacobian_choice
 from gradkern.util.options import ENGINES, BadValue
 from tests.cases import net
 

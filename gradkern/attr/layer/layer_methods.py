@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...dispatch.request import jacobian_choice
-from ...dispatch.targets import Seeds
+from ...dispatch.targets import Seeds, jacobian_choice
 from ...util.options import BadArgument, Engine
 from ...util.outputs import Output
 from ...util.renamed import old_names

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ...dispatch import state
-from ...dispatch.request import jacobian_choice
 from ...dispatch.route import one_call
-from ...dispatch.targets import Seeds
+from ...dispatch.targets import Seeds, jacobian_choice
 from ...ir.calls import Params
 from ...ir.program import Program
 from ...util.callables import name_of
