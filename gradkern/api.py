@@ -20,7 +20,8 @@ from .dispatch.route import decide
 from .dispatch.solve import solve, timing
 from .dispatch.state import BoundProgram
 from .dispatch.targets import Targets, TopK, TopSeeds, jacobian_choice
-from .planner.plan import Plan, PlanStep
+from .planner.plan import Plan
+from .planner.table import PlanStep
 from .runtime import executor, mac_counter, parameters
 from .util import options
 from .util.callables import name_of, with_output

@@ -17,14 +17,13 @@ from .buffers import Buffers, extent
 from .chain import Chain, LaidOut
 from .emitters import Emitter
 from .encoding import CpuSizes, encode
-from .grouping import GraphBuilder
 from .layouts import Layouts
 from .local import MOST_LIVE_SHARE, Reaches, best_tile, reaches
 from .machine import Machine
 from .records import Extent, Place, Record, WindowT
 from .scratch import assign_places, block_size, even_tile, mark_lifetimes, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
-from .units import Node, Unit, rectifies_cotangent
+from .units import Node, Unit, UnitGraph, rectifies_cotangent
 
 FEW_SEEDS = 16  # up to this many, samples share the weights of linear layers, which local seeds would not allow
 
@@ -206,8 +205,7 @@ CPU = Backend(lambda spec: Emitter(spec, Layouts(spec), Buffers()), lay_out)
 
 def lower_to_chain(
     program: Program,
-    steps: list[int],
-    live_out: list[int],
+    graph: UnitGraph,
     machine: Machine,
     itemsize: int,
     seeds: int,
@@ -216,13 +214,12 @@ def lower_to_chain(
     linear: bool = False,
     backend: Backend = CPU,
 ) -> Chain:
-    """Lower the native steps ``steps`` of a program.
+    """Lower the units of a native group of a program's steps.
 
-    ``live_out``: values wanted from the group; ``wrt``: external values whose cotangents are wanted; ``onehot``:
+    ``wrt``: external values whose cotangents are wanted; ``onehot``:
     the seeds are one-hot at the single output (else dense cotangents are given for every output).  ``linear``: no
     value is computed, as every scale of the group is `Given` (its slopes are external values).
     """
-    graph = GraphBuilder(program, steps, live_out).build()
     wrt = tuple(v for v in graph.inputs if v in wrt)
     spec = ChainSpec(graph, machine, itemsize, seeds, wrt, onehot, linear)
     emitter = backend.emitter(spec)
@@ -236,8 +233,8 @@ def lower_to_chain(
         tables=tuple(emitter.tables.integers),
         layouts=tuple(emitter.layouts.made.values()),
         inputs=tuple(graph.inputs),
-        outputs=tuple(live_out),
-        output_sizes=tuple(math.prod(program.shape(v)) for v in live_out),
+        outputs=tuple(graph.outputs),
+        output_sizes=tuple(math.prod(program.shape(v)) for v in graph.outputs),
         wrt=wrt,
         seed_rows=None if rows is None else (rows.weights, rows.row_length),
         rectify_seed_rows=rows_unit is not None and rectifies_cotangent(rows_unit.reads[0].producer),

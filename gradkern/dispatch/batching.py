@@ -56,7 +56,7 @@ class BatchRun:
         self.by_reference = not casts and plain_torch(engine, inputs)
         if self.by_reference:
             return
-        if not plan.single_chain or plan.instead is not None:
+        if not plan.single_chain:
             self.chunk = stepwise_samples(device, plan.bytes_per_sample + torch_bytes)
         elif samples <= self.chunk or parameters.all_finite(params):
             # With a weight that is not finite no kernel may skip zeros, and the steps run one by one.

@@ -18,7 +18,7 @@ from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
 from ..util.progress import limit_for_progress
 from . import ops
-from .call_plan import CallPlan, call_plan_for
+from .call_plan import CallPlan, GroupedCallPlan, call_plan_for
 from .confirmation import comparison_size
 from .execution import run_chain
 from .executor import jacobian
@@ -120,8 +120,9 @@ def whole_chain(
     like = leading(inputs)
     targets = all_output_indices(program.outputs, like.device) if targets is None else targets.to(like.device)
     call_plan = call_plan_for(program, targets.shape[-1], like, wrt)
-    whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1
-    if not whole or call_plan.parts is not None or call_plan.plan.cast_dtype is not None:
+    if not isinstance(call_plan, GroupedCallPlan) or call_plan.plan.cast_dtype is not None:
+        return None
+    if not call_plan.targets_enter or len(call_plan.groups) != 1:
         return None
     if call_plan.groups[0].only_reader_of != set(wrt):
         return None

@@ -9,6 +9,7 @@ import pytest
 from gradkern.codegen import records
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda.lowering import Device, lower_device
+from gradkern.codegen.grouping import GraphBuilder
 from gradkern.codegen.lowering import lower_to_chain
 from gradkern.codegen.machine import Machine
 from gradkern.codegen.records import Along, Extent, LineFunction, Record
@@ -22,7 +23,8 @@ SEEDS = 3
 
 def chain(p: Program, *, wrt: tuple[int, ...] | None = None, onehot: bool = True) -> Chain:
     wrt = tuple(range(len(p.inputs))) if wrt is None else wrt
-    return lower_to_chain(p, list(range(len(p.steps))), [p.output], CPU, 4, SEEDS, wrt, onehot)
+    graph = GraphBuilder(p, list(range(len(p.steps))), [p.output]).build()
+    return lower_to_chain(p, graph, CPU, 4, SEEDS, wrt, onehot)
 
 
 def kinds(ops: Sequence[Record]) -> list[str]:
