@@ -13,7 +13,7 @@ from ..dispatch.arguments import checked_wrt
 from ..dispatch.targets import Seeds, TopK
 from ..util.options import Engine
 from ..util.outputs import Output
-from ..util.renamed import note
+from ..util.renamed import warn_of_old_name
 from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
@@ -63,7 +63,7 @@ class GradientMethod(RowMethod):
         return jacobian
 
     def _jacobian(self, *args: Any) -> Any:
-        note("GradientMethod._jacobian", "GradientMethod.attribute_by_jacobian", 3)
+        warn_of_old_name("GradientMethod._jacobian", "GradientMethod.attribute_by_jacobian", 3)
         return self.attribute_by_jacobian(*args)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..dispatch.targets import Seeds
-from ..util.renamed import note
+from ..util.renamed import warn_of_old_name
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,7 +38,7 @@ def adopt_indices(cls: type, names: tuple[str, ...]) -> None:
         method = vars(cls).get(name)
         if method is None or "index" not in inspect.signature(method).parameters:
             continue
-        note(f"{cls.__name__}.{name}(…, index, seeds, options)", f"{name}(…, seeds, options)", 4)
+        warn_of_old_name(f"{cls.__name__}.{name}(…, index, seeds, options)", f"{name}(…, seeds, options)", 4)
         setattr(cls, name, _with_indices(method))
 
 

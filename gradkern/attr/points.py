@@ -30,7 +30,7 @@ from .captum_compat import format_additional_forward_args
 from .old_signatures import takes_seeds
 
 Tensors = tuple[Tensor, ...]
-LEAST_BLOCK = 64  # points per block at least, so that the fixed cost of a call is small
+LEAST_BLOCK = 64  # points per block at least: below that, the fixed cost of a call shows beside its kernel
 
 
 class Points:

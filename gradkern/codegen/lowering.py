@@ -25,7 +25,9 @@ from .scratch import assign_places, block_size, even_tile, mark_lifetimes, round
 from .spec import ChainSpec
 from .units import Node, Unit, UnitGraph, rectifies_cotangent
 
-FEW_SEEDS = 16  # up to this many, samples share the weights of linear layers, which local seeds would not allow
+#: Up to this many seeds, samples share the weights of linear layers, which local seeds would not allow: reading them
+#: again for every sample has to be paid back by several tiles of seeds.  The limit was not measured by itself.
+FEW_SEEDS = 16
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,26 @@ def emit_slopes(e: Emitter) -> None:
     for unit in e.spec.graph.units:
         if isinstance(unit, units.GivenDerivative | units.GivenPattern):
             dst = e.slope(unit) if type(unit) is units.GivenDerivative else e.value(unit.out)
-            shape, out = extent(unit.out), unit.out
+            covered, out = extent(unit.out), unit.out
             if unit.storage_order:  # the storage has the tensor's own order
-                dst, shape = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)
-            e.forward.append(records.Load(input=inputs.index(unit.slope), dst=dst, extent=shape))
+                dst, covered = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)
+            e.forward.append(records.Load(input=inputs.index(unit.slope), dst=dst, extent=covered))
             e.emit_derivative(unit)
 
 
-def emit_forward(e: Emitter) -> None:
+def emit_forward_pass(e: Emitter) -> None:
     for unit in e.spec.graph.units:
         e.zero_border(unit)
         e.emit_forward(unit)
     for k, (value, node) in enumerate(e.spec.graph.outputs.items()):
-        src, shape = e.external(value, node, e.buffers.value(node))
-        e.forward.append(records.Store(src=src, output=k, extent=shape))
+        src, covered = e.external(value, node, e.buffers.value(node))
+        e.forward.append(records.Store(src=src, output=k, extent=covered))
 
 
 # ---- backward
 
 
-def emit_backward(e: Emitter) -> None:
+def emit_backward_pass(e: Emitter) -> None:
     graph, cotangents = e.spec.graph, e.spec.cotangents
     for k, (value, node) in enumerate(graph.outputs.items()):
         if node in cotangents.needs and node.producer is not cotangents.seed_rows_unit:
@@ -83,11 +85,11 @@ def emit_backward(e: Emitter) -> None:
 def emit_seeds(e: Emitter, k: int, value: int, node: Node) -> None:
     """The seeds at the ``k``-th output of the group."""
     e.zero_once(node)
-    dst, shape = e.external(value, node, e.cotangent_buffer(node))
+    dst, covered = e.external(value, node, e.cotangent_buffer(node))
     if e.spec.onehot:
-        e.backward.append(records.SeedOneHot(dst=dst, extent=shape))
+        e.backward.append(records.SeedOneHot(dst=dst, extent=covered))
     else:
-        e.backward.append(records.SeedDense(dst=dst, cotangent=k, extent=shape))
+        e.backward.append(records.SeedDense(dst=dst, cotangent=k, extent=covered))
 
 
 def emit_seed_rows(e: Emitter, node: Node) -> None:
@@ -118,14 +120,14 @@ def store_cotangent(e: Emitter, k: int, value: int) -> None:
         return
     if source.node is node:
         e.zero_once(node)  # zeros if nothing was added
-    src, shape = e.external(value, source.node, e.cotangent_buffer(source.node))
+    src, covered = e.external(value, source.node, e.cotangent_buffer(source.node))
     rows = e.layouts.interleaved_rows(source.node)
     if rows == 1:
-        e.backward.append(records.StoreT(src=src, result=k, extent=shape))
+        e.backward.append(records.StoreT(src=src, result=k, extent=covered))
         return
     above, left = node.halo[0], node.halo[2]
     src = Place(src.buffer, 0, row=src.row, position=src.position)
-    record = records.StoreT(src=src, result=k, extent=shape, fold=rows, halo_rows=above, halo_columns=left)
+    record = records.StoreT(src=src, result=k, extent=covered, fold=rows, halo_rows=above, halo_columns=left)
     e.backward.append(record)
 
 
@@ -225,9 +227,12 @@ def lower_to_chain(
     emitter = backend.emitter(spec)
     rows_unit = spec.cotangents.seed_rows_unit
     rows = None if rows_unit is None else emitter.layouts.scatter(rows_unit, None)
-    emit_slopes(emitter) if linear else emit_forward(emitter)
+    if linear:
+        emit_slopes(emitter)
+    else:
+        emit_forward_pass(emitter)
     if seeds:
-        emit_backward(emitter)
+        emit_backward_pass(emitter)
     return Chain(
         **vars(backend.lay_out(emitter)),
         tables=tuple(emitter.tables.integers),

@@ -58,7 +58,7 @@ class Outcome:
     @property
     def rows(self) -> Tensor | None:
         """The old name of ``targets``."""
-        renamed.note("Outcome.rows", "Outcome.targets", 3)
+        renamed.warn_of_old_name("Outcome.rows", "Outcome.targets", 3)
         return self.targets
 
 

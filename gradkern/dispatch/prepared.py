@@ -80,7 +80,7 @@ class Prepared:
         request = Request(fn, given, wrt, resolve_seeds)
         if self.program is None or engine() == "autograd":
             return self._live
-        route = decide(request, "kernel")
+        route = decide(request)
         bound = None if route.eager_reason is not None else route.bound_program(self._request)
         if bound is None:
             raise BadValue("model: it has changed since it was prepared, and now runs on autograd. Call jacobian.")
@@ -91,17 +91,13 @@ class Prepared:
         if whole is not None:
             packed = whole.packed(bound.tensors)
         if whole is None or packed is None:
-            if not self._kernels_win(request):
+            measured = timing(request, route)
+            if measured is not None and measured.way != "kernels":
                 return self._live
             tensors = {name: x.detach().clone() for name, x in bound.tensors.items()}
             return lambda inputs: batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, "auto").shaped
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
-
-    def _kernels_win(self, request: Request) -> bool:
-        """Whether kernels are faster for calls like this one.  One chain always is, without the overhead of a call."""
-        measured = timing(request, decide(request))
-        return measured is None or measured.way == "kernels"
 
     def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A call of `jacobian`, which looks at the model again."""

@@ -105,7 +105,7 @@ class ModelState:
         self.lock = threading.RLock()
         self.forward_lock = threading.RLock()  # held while a forward changes the model's buffers
         self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by path to the callable, and `guards.signature`
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     def capture(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
@@ -170,16 +170,16 @@ class ModelState:
         finally:
             note_capture(clock() - begin)
 
-    def first(self, message: str) -> bool:
-        """Whether this is asked for the first time."""
+    def is_new(self, message: str) -> bool:
+        """Whether this is asked for the first time; it is not from now on."""
         with self.lock:
-            known = message in self._warned
-            self._warned.add(message)
+            known = message in self._said
+            self._said.add(message)
         return not known
 
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
-        if self.first(message):
+        if self.is_new(message):
             warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
 
 
@@ -192,9 +192,9 @@ def warn(fn: Any, message: str) -> None:
     _of(fn).warn(message)
 
 
-def first(fn: Any, what: str) -> bool:
-    """Whether this is asked for the first time about a model, or about any function."""
-    return _of(fn).first(what)
+def is_new(fn: Any, what: str) -> bool:
+    """Whether this is asked for the first time about a model, or about any function; it is not from now on."""
+    return _of(fn).is_new(what)
 
 
 def _of(fn: Any) -> ModelState:
@@ -202,7 +202,7 @@ def _of(fn: Any) -> ModelState:
     return _callables if module is None else models.of(module)
 
 
-on_reset(_callables._warned.clear)
+on_reset(_callables._said.clear)
 
 
 def _one_line(text: str) -> str:

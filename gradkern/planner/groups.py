@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..codegen.chain import Chain
 from ..codegen.cuda.lowering import lower_for
-from ..codegen.grouping import GraphBuilder
 from ..codegen.machine import Device, Machine, NoKernels, TooLarge
+from ..codegen.unit_graph import GraphBuilder
 from ..codegen.units import UnitGraph
 from ..ir.program import Program, View
 

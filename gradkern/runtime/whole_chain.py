@@ -35,14 +35,16 @@ class WholeChain:
         self, program: Program, call_plan: CallPlan, chain: Chain, like: Tensor, wrt: tuple[int, ...], targets: Tensor,
         axes: Shape,
     ) -> None:  # fmt: skip
-        self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
+        self.program, self.plan, self.chain = program, call_plan.plan, chain
+        self.targets = targets
         self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
         self.axes = axes  # the axes of the results in place of S
-        self.like, self.outputs = like.new_empty(0), call_plan.outputs
+        self.like, self.device = like.new_empty(0), like.device
+        self.outputs = program.outputs
+        self.output_bytes = program.outputs * like.element_size()  # per sample
         self.order = [chain.wrt.index(v) for v in wrt]
         numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
         self.gradient_bytes = numbers * like.element_size()  # per sample
-        self.output_bytes, self.device = program.outputs * like.element_size(), like.device
 
     def packed(self, tensors: Params) -> Packed | None:
         """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""

@@ -9,10 +9,10 @@ import pytest
 from gradkern.codegen import records
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda.lowering import Device, lower_device
-from gradkern.codegen.grouping import GraphBuilder
 from gradkern.codegen.lowering import lower_to_chain
 from gradkern.codegen.machine import Machine
 from gradkern.codegen.records import Along, Extent, LineFunction, Record
+from gradkern.codegen.unit_graph import GraphBuilder
 from gradkern.ir.program import LowRank, Product, Program, Scale, Step, Sum
 from tests.support.programs import RELU, classifier, conv, program
 

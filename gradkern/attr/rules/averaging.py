@@ -293,7 +293,7 @@ class OverReferences(RuleMethod):
         return mean, torch.stack(deltas, 1).flatten() if wanted.delta else None
 
 
-LARGE = 0.01  # a delta above this share of the sum of the attributions' sizes is large
+LARGE = 0.01  # a delta above this share of the sum of the attributions' sizes is large: more than rounding leaves
 CHECKED = 8  # the samples whose delta is always computed, to warn if it is large
 ROUNDING = 1e-4  # a smaller delta, as a share of the output, may be rounding
 
@@ -315,7 +315,7 @@ def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, star
     ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule and constants have warnings of their own.
     """
     said = bool(rule.unruled or rule.detached)
-    if said or len(multipliers) < len(rows) or not state.first(fn, "completeness"):
+    if said or len(multipliers) < len(rows) or not state.is_new(fn, "completeness"):
         return
     few, at = slice(0, CHECKED), rule.program.output
     chosen, values = targets_of(targets, few), (rule.values[at][few], rule.reference[at][few])
