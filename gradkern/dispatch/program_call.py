@@ -35,7 +35,11 @@ class ProgramCall:
 
     def __init__(self, request: Request, route: Route, bound: BoundProgram) -> None:
         self.request, self.route, self.bound = request, route, bound
-        self.autograd = AutogradCall(request, route)
+
+    @property
+    def autograd(self) -> AutogradCall:
+        """The same request on live autograd."""
+        return AutogradCall(self.request, self.route)
 
     @cached_property
     def setup(self) -> CallSetup:

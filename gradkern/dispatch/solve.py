@@ -26,10 +26,9 @@ def solve(request: Request, route: Route) -> JacobianResult:
     if request.samples == 0:
         with outside_modes():
             return allocate(request, output_shape(request, route))
-    on_autograd = AutogradCall(request, route)
     start, results = 0, None
     if route.undecided and route.engine == "auto":
-        start, results = on_autograd.run_until_capture_pays()
+        start, results = AutogradCall(request, route).run_until_capture_pays()
         if start == request.samples:
             assert results is not None
             return results
@@ -45,7 +44,7 @@ def solve(request: Request, route: Route) -> JacobianResult:
             count = request.resolve_seeds(request.samples, bound.program.output_shape).count
             work = f" beside memory_budget={options.memory_budget()} bytes of work"
             raise too_large(request.gradient_bytes * request.samples * count, work) from error
-    return on_autograd.run(start, results)
+    return AutogradCall(request, route).run(start, results)
 
 
 def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | None:
