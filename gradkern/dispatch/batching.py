@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from .live_model import forward
 from .request import JacobianResult, Request, allocate
 from .targets import Seeds
 from .watch import Watch
+
+_AS_SET = nullcontext()
 
 
 def plain_torch(engine: Engine, inputs: Sequence[Tensor]) -> bool:
@@ -79,12 +81,9 @@ class BatchRun:
         return differentiate(self.program, self.params, inputs, seeds.indices, self.wrt, out=out)[0]
 
 
-@contextmanager
-def _modes(engine: Engine) -> Iterator[None]:
-    """The modes in which Programs run.  The runtime asks whether a GPU's kernels are wanted."""
-    chosen = use(engine) if engine == "kernel" else nullcontext()
-    with chosen, torch.inference_mode(False), torch.no_grad():
-        yield
+def _using(engine: Engine) -> AbstractContextManager[None]:
+    """The setting in which Programs run: the runtime asks whether a GPU's kernels are wanted."""
+    return use(engine) if engine == "kernel" else _AS_SET
 
 
 def jacobians(
@@ -92,7 +91,7 @@ def jacobians(
 ) -> tuple[Tensor, ...]:
     """One ``[N, S, *in]`` per input in ``wrt``.  ``params``: bound parameters."""
     count = inputs[0].shape[0]
-    with _modes(engine):
+    with _using(engine), torch.inference_mode(False), torch.no_grad():
         out = tuple(inputs[w].new_empty(count, seeds.count, *inputs[w].shape[1:]) for w in wrt)
         run = BatchRun(program, params, inputs, seeds, wrt, engine)
         for a, b in spans(0, count, run.chunk):
@@ -109,7 +108,7 @@ def run(
     ``tensors``: those that ``program`` names.  ``torch_bytes`` as for `BatchRun`.  ``watch`` looks at the outputs, and
     may raise `OutputsChanged`.
     """
-    with _modes(engine):
+    with _using(engine), torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, partial)
         samples, inputs, seeds = request.samples, [x.detach() for x in request.inputs], results.seeds
         differentiate = BatchRun(

@@ -72,6 +72,8 @@ class Seeds:
 
     def part(self, start: int, stop: int) -> Seeds:
         """These seeds for the samples ``start:stop`` alone."""
+        if not self.per_sample or (start == 0 and self.indices is not None and stop >= len(self.indices)):
+            return self
         return self._each(lambda indices: indices[start:stop])
 
     def repeat(self, times: int) -> Seeds:
