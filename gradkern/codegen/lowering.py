@@ -1,6 +1,6 @@
 """Lowering: from the units of a native group to its :class:`~gradkern.codegen.chain.Chain`.
 
-`lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialized and which are
+`lower_units` decides everything that does not depend on tensor data: which cotangents are materialized and which are
 read through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed
 at a time.  It is pure: equal arguments give equal chains.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..ir.program import Program
 from . import records, units
@@ -23,6 +24,7 @@ from .machine import Machine
 from .records import Extent, Place, Record, WindowT
 from .scratch import assign_places, block_size, even_tile, mark_lifetimes, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
+from .unit_graph import GraphBuilder
 from .units import Node, Unit, UnitGraph, rectifies_cotangent
 
 #: Up to this many seeds, samples share the weights of linear layers, which local seeds would not allow: reading them
@@ -205,7 +207,12 @@ def live_lists(backward: list[Record]) -> tuple[int, int]:
 CPU = Backend(lambda spec: Emitter(spec, Layouts(spec), Buffers()), lay_out)
 
 
-def lower_to_chain(
+def lower_to_chain(program: Program, steps: list[int], live_out: list[int], *args: Any, **kwargs: Any) -> Chain:
+    """`lower_units` of the native steps ``steps`` of a program, with the values ``live_out`` wanted from them."""
+    return lower_units(program, GraphBuilder(program, steps, live_out).build(), *args, **kwargs)
+
+
+def lower_units(
     program: Program,
     graph: UnitGraph,
     machine: Machine,

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import lower_for
+from ..codegen.cuda.lowering import backend_for
+from ..codegen.lowering import lower_units
 from ..codegen.machine import Device, Machine, NoKernels, TooLarge
 from ..codegen.unit_graph import GraphBuilder
 from ..codegen.units import UnitGraph
@@ -47,10 +48,10 @@ class Chains:
 
     def _lower(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
         assert self.machine
-        lower, linear = lower_for(self.machine), bool(self.program.slopes)
+        backend, linear = backend_for(self.machine), bool(self.program.slopes)
         args = (self.program, self._graph(group), self.machine, self.itemsize, seeds, wrt)
         try:
-            return lower(*args, onehot=onehot, linear=linear)
+            return lower_units(*args, onehot=onehot, linear=linear, backend=backend)
         except TooLarge as error:
             return error
 

@@ -12,7 +12,6 @@ from gradkern.codegen.cuda.lowering import Device, lower_device
 from gradkern.codegen.lowering import lower_to_chain
 from gradkern.codegen.machine import Machine
 from gradkern.codegen.records import Along, Extent, LineFunction, Record
-from gradkern.codegen.unit_graph import GraphBuilder
 from gradkern.ir.program import LowRank, Product, Program, Scale, Step, Sum
 from tests.support.programs import RELU, classifier, conv, program
 
@@ -23,8 +22,7 @@ SEEDS = 3
 
 def chain(p: Program, *, wrt: tuple[int, ...] | None = None, onehot: bool = True) -> Chain:
     wrt = tuple(range(len(p.inputs))) if wrt is None else wrt
-    graph = GraphBuilder(p, list(range(len(p.steps))), [p.output]).build()
-    return lower_to_chain(p, graph, CPU, 4, SEEDS, wrt, onehot)
+    return lower_to_chain(p, list(range(len(p.steps))), [p.output], CPU, 4, SEEDS, wrt, onehot)
 
 
 def kinds(ops: Sequence[Record]) -> list[str]:

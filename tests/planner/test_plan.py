@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradkern.codegen.cuda.lowering import lower_device
+from gradkern.codegen.lowering import lower_units
 from gradkern.codegen.machine import Device, NoKernels
 from gradkern.ir.program import (
     Call,
@@ -173,13 +173,13 @@ def test_a_chain_is_lowered_once(kib, monkeypatch):
     lowered = []
 
     def counted(*args, **kwargs):
-        chain = lower_device(*args, **kwargs)
+        chain = lower_units(*args, **kwargs)
         lowered.append(
             (tuple(args[1].outputs), tuple(unit.steps for unit in args[1].units), args[4:], tuple(kwargs.items()))
         )
         return chain
 
-    monkeypatch.setattr(groups, "lower_for", lambda machine: counted)
+    monkeypatch.setattr(groups, "lower_units", counted)
     p = plan.plan(program_of("maxpool2d"), 3, machine=Device("cuda", 16, shared_bytes=kib << 10))
     assert p.single_chain == (kib == 227)
     before = len(lowered)
