@@ -28,7 +28,7 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # samples on which the layer's value is compared with the Program's values, beside as many noisy ones
+SAMPLES = 3  # samples, plus as many noisy ones, on which the layer's value is compared with the Program's values
 #: Layer values by the verified Program, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
@@ -36,7 +36,10 @@ _tails: Memo[Tail] = Memo(256)
 
 @dataclass(frozen=True)
 class Tail:
-    """The part of a Program from a value on.  Its inputs are that value, then the others that cross the cut."""
+    """The part of a Program after a value.  Its inputs are that value, then the other values that cross the cut.
+
+    In ``y = f(h) + x`` with ``h = g(x)``, the tail after ``h`` has the inputs ``h`` and ``x``.
+    """
 
     program: Program
     value: int
