@@ -88,7 +88,7 @@ class Prepared:
         request = Request(fn, given, wrt, resolve_seeds)
         if self.program is None or self._engine in ("autograd", "reference"):
             return self._live
-        route = decide(request)
+        route = decide(request, self._engine)
         bound = None if route.eager_reason is not None else route.bound_program(self._request)
         if bound is None:
             raise BadValue("model: it has changed since it was prepared, and now runs on autograd. Call jacobian.")
