@@ -170,7 +170,7 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 class _Call(ExitStack):
-    """The public call in progress, and the models whose buffers are restored at its end."""
+    """The current public call, and the models whose buffers are restored at its end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ _current: ContextVar[_Call | None] = ContextVar("gradkern_attribution", default=
 
 @contextmanager
 def public_call(method: Any) -> Iterator[None]:
-    """Make everything inside one call of ``method``, after which the method and the model are as before."""
+    """Treat everything inside as one public call of ``method``; afterwards, restore the method and the model."""
     # Captum sets the gradient of some of its objects at every call
     gradients = [(part, part.gradient_func) for part in _with_parts(method) if hasattr(part, "gradient_func")]
     try:

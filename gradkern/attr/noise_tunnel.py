@@ -311,7 +311,7 @@ class _Stream:
         return taken
 
     def spent(self) -> torch.Generator:
-        """A generator that starts where this stream will have ended."""
+        """A generator in the state after all numbers of this stream."""
         assert self.generator is not None
         twin = _Stream(self.total, 1.0, self.stdev.device, self.generator.clone_state())
         while twin.drawn < self.total:

@@ -131,7 +131,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
     if arguments.get("additional_forward_args") is not None:
         raise BadValue(
             "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
-            "arguments as further inputs, source=(x, more), and put what all samples share into the model."
+            "arguments as further inputs, with source=(x, more), and put what all samples share into the model."
         )
     for name, value in arguments.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -213,7 +213,7 @@ def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence
 
 
 def _has_own_references(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
-    """Are these references ``[N, R, *in]`` of input ``k``?"""
+    """Whether these are references ``[N, R, *in]`` of input ``k``."""
     return _has_rows(value) and k < len(inputs) and value.ndim == inputs[k].ndim + 1
 
 

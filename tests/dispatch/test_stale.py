@@ -250,13 +250,17 @@ def test_replaced_forward(traced):
     agrees()
 
 
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "backward_pre"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "forward_kwargs", "pre_kwargs", "backward", "backward_pre"])
 def test_registered_hook(traced, kind):
     model, _x, agrees = traced
     if kind == "forward":
         handle = model.act.register_forward_hook(lambda m, i, o: o * 3)
     elif kind == "pre":
         handle = model.act.register_forward_pre_hook(lambda m, i: (i[0] * 2,))
+    elif kind == "forward_kwargs":
+        handle = model.act.register_forward_hook(lambda m, i, k, o: o * 3, with_kwargs=True)
+    elif kind == "pre_kwargs":
+        handle = model.act.register_forward_pre_hook(lambda m, i, k: ((i[0] * 2,), k), with_kwargs=True)
     elif kind == "backward":
         handle = model.act.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))
     else:
