@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.request import checked_wrt, is_one_index, out_tensor
+from ..dispatch.arguments import checked_wrt, is_one_index, out_tensor
 from ..dispatch.route import one_call
 from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept
@@ -31,6 +31,7 @@ from ..util.options import BadType, BadValue, Engine, use
 from ..util.progress import showing_progress
 from ..util.random_state import RandomState
 from ..util.renamed import adopt_old_methods
+from .old_signatures import adopt_indices
 
 if TYPE_CHECKING:
     from .plug import GradientFunc
@@ -78,6 +79,7 @@ class PublicMethod:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         adopt_old_methods(cls, OLD_NAMES)
+        adopt_indices(cls, ("row_maps", "layer_maps"))
         for name, wrap in (("attribute", _attribute), ("attribute_all", _attribute_all)):
             function = getattr(cls, name, None)
             if function is not None and not hasattr(function, "_is_public"):

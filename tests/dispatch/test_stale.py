@@ -75,7 +75,7 @@ def changed(agrees: Agrees) -> None:
 
 def traces(model, x):
     """How many graphs of this model have been captured."""
-    return sum(len(entry.verdicts) for entry in state.models.of(model).entries.values())
+    return sum(len(entry.programs) for entry in state.models.of(model).entries.values())
 
 
 @pytest.mark.parametrize(
@@ -333,4 +333,4 @@ def test_graphs_that_are_given_up_are_forgotten() -> None:
             got = gradkern.jacobian(model, x, engine="kernel")
     torch.testing.assert_close(got, gradkern.jacobian(model, x, engine="autograd"))
     (entry,) = state.models.of(model).entries.values()
-    assert 0 < len(entry.verdicts) < changes
+    assert 0 < len(entry.programs) < changes
