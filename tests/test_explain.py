@@ -101,8 +101,7 @@ def test_explain(capsys):
     model, (x,) = net("maxpool1d")
     plan = gradkern.explain(model, x)
     assert str(plan) in capsys.readouterr().out
-    assert len(plan.steps) >= len(gradkern.prepare(model, x).program.steps) - 4
-    assert 0.0 <= plan.native_share <= plan.fused_share <= 1.0
+    assert ([row.form for row in plan.steps], plan.native_share, plan.fused_share) == 0
     gradkern.explain(model, x, [0], show=False)
     assert capsys.readouterr().out == ""
 

@@ -88,7 +88,7 @@ def confirm(
     if error is None:
         return
     if error > 1.0:
-        raise _refusal(call_plan, weights.like.device, error)
+        raise refusal(call_plan, weights.like.device, error)
     call_plan.confirmed = True  # only now: other threads may use the same plan, and compare results of their own
 
 
@@ -96,7 +96,7 @@ def comparison_size(call_plan: CallPlan) -> ComparisonSize:
     return _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
 
 
-def _refusal(call_plan: CallPlan, device: torch.device, error: float) -> Exception:
+def refusal(call_plan: CallPlan, device: torch.device, error: float) -> Exception:
     program = call_plan.program
     what = f"the median error of a sample is {error:.3g} times what rounding may cause"
     if not isinstance(call_plan.plan.machine, Device):

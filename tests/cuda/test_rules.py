@@ -76,7 +76,7 @@ def test_rules_where_shared_memory_is_small(method: str, name: str, shared: int)
     """Chains of parts of the network, beside ATen."""
     device = HostDevice(shared_bytes=shared, threads=32)
     found = every(method, name, device)
-    assert device.launches > 0 or shared == 256
+    assert (device.launches > 0) == (shared > 256)
     torch.testing.assert_close(found, every(method, name, None), rtol=1e-10, atol=1e-10)
 
 
@@ -200,10 +200,8 @@ def test_deep_lift_by_its_definition(name: str, dtype: torch.dtype, shared: int)
     device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = attr.DeepLift(model.to(dtype), engine="kernel").attribute_all(x.to(dtype), baselines=base.to(dtype))
-    linear_only = name == "softmax"  # a linear layer takes more than the small block has
-    assert device.launches > 0 or (linear_only and shared < 232448)
-    assert device.launches == 3 or shared < 232448  # forward at the input and at the reference, backward
-    assert device.rescales > 0 or name in ("overlap", "pool_first", "softmax")
+    assert (name, shared, dtype, device.launches) == 0
+    assert (name, device.rescales > 0) == 0
     assert oracle.relative_error(got, want) < (1e-10 if dtype == torch.float64 else 1e-4)
     with installed(device):
         one = attr.DeepLift(model, engine="kernel").attribute(x.to(dtype), base.to(dtype), target=2)
@@ -265,7 +263,7 @@ def test_behind_a_softmax(shared: int) -> None:
     device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = attr.DeepLift(model, engine="kernel").attribute_all(x)
-    assert device.launches == 3 or shared < 232448  # two forward passes and one back; in pieces where room is short
+    assert (shared, device.launches) == 0
     want = attr.DeepLift(model, engine="reference").attribute_all(x)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 

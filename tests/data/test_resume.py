@@ -50,7 +50,7 @@ def test_killed_at_random_moments_ends_bit_equal(kills, at_work, samples, tmp_pa
     assert whole.about["exact"]
     assert torch.equal(whole.maps(0, len(x)), gradkern.jacobian(model, x, engine="kernel").abs())
     assert not list((tmp_path / "killed.zarr").rglob("*.partial"))
-    assert not list(tmp_path.glob(".killed*")) or finished[0] == 0  # killed while the store was made
+    assert len(list(tmp_path.glob(".killed*"))) <= said["unmade"]  # each kill while the store was made leaves a folder
 
 
 def test_continuing_computes_only_what_is_missing(tmp_path, monkeypatch):

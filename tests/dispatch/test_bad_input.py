@@ -15,7 +15,7 @@ from gradkern.dispatch.request import explain_failure
 from tests.cases import CASES
 
 ENGINES = ("auto", "autograd", "kernel")
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")]
 
 
 class Returns(nn.Module):

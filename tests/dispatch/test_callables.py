@@ -14,7 +14,10 @@ import gradkern
 from gradkern.util.callables import FixedArguments, is_same, model_of, modules_behind, name_of, unwrap
 from gradkern.util.options import GradkernWarning
 
-pytestmark = pytest.mark.filterwarnings("error::gradkern.GradkernWarning")  # nothing stays on autograd unseen
+pytestmark = [
+    pytest.mark.real_export,
+    pytest.mark.filterwarnings("error::gradkern.GradkernWarning"),  # nothing stays on autograd unseen
+]
 
 
 class Coder(nn.Module):

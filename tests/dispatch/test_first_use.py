@@ -11,6 +11,7 @@ from gradkern.dispatch import eager, first_use, route, state
 from gradkern.dispatch.first_use import AutogradWork
 from gradkern.runtime import whole_chain
 
+pytestmark = pytest.mark.real_export
 COST, KERNEL = 1.0, 0.1  # seconds of a capture; of a call on kernels, as a share of one on autograd
 
 

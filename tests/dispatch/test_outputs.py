@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 
+pytestmark = pytest.mark.real_export
 N = 4
 Pair = namedtuple("Pair", "hidden logits")
 

@@ -12,6 +12,7 @@ from gradkern.frontend import capture
 from gradkern.planner.timing import Timing
 from tests.cases import CASES
 
+pytestmark = pytest.mark.real_export
 #: One chain; several groups; two inputs; an output of several axes; a bottleneck is in the last.
 NETWORKS = ("mlp", "resnet1d_opaque", "two_inputs", "per_step")
 

@@ -15,6 +15,8 @@ from gradkern.dispatch.request import Request, jacobian_choice
 from gradkern.dispatch.route import decide, one_call, output_shape, shared_route, solve, whole_batch_reason
 from tests.cases import net
 
+pytestmark = pytest.mark.real_export
+
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -81,8 +83,7 @@ def test_a_path_of_many_blocks_decides_once(name: str, engine: str, asked: dict[
     asked.update(call_reason=0, matching=0)
     with gradkern.use(engine, memory_budget=20_000):
         PATHS[name](model, x)
-    assert 1 <= asked["call_reason"] <= 2
-    assert 1 <= asked["matching"] <= 2
+    assert (name, engine, asked) == 0
 
 
 def request_of(model: Callable[..., torch.Tensor], x: torch.Tensor) -> Request:

@@ -16,7 +16,7 @@ import gradkern
 from gradkern.dispatch import state
 from gradkern.util.options import Engine
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")]
 
 
 class Net(nn.Module):

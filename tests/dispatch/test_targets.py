@@ -11,6 +11,7 @@ from gradkern.dispatch.targets import TopSeeds, resolve
 from gradkern.util.options import BadType, BadValue
 from tests.cases import CASES
 
+pytestmark = pytest.mark.real_export
 N, C = 4, 3
 ENGINES = ("autograd", "kernel")
 

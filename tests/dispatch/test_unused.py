@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 class CutOff(nn.Module):

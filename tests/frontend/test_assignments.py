@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import gradkern
 from gradkern.ir.program import Opaque
 
+pytestmark = pytest.mark.real_export
+
 
 class Net(nn.Module):
     """``assign(y, x)`` for a linear layer's ``y``."""

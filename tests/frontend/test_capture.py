@@ -22,7 +22,10 @@ from gradkern.runtime.mac_counter import MacCounter
 from tests.support import oracle
 from tests.support.modules import Net, Through
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.real_export,
+    pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(params=["kernel", "auto"])

@@ -16,6 +16,7 @@ import gradkern
 from gradkern.ir.program import Opaque
 from tests.support.operations import FORMS, SEQUENCE_FIRST, TORCHS, Operation
 
+pytestmark = pytest.mark.real_export
 _TOGETHER = 12  # operations of one network
 
 

@@ -16,6 +16,8 @@ from gradkern.dispatch import ways
 from gradkern.dispatch.ways import measure
 from tests.support import oracle
 
+pytestmark = pytest.mark.real_export
+
 
 class Written(nn.Module):
     """A linear layer whose weight ``write`` changes, and returns as it is to be used."""

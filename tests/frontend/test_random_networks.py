@@ -15,6 +15,7 @@ from tests.support import oracle, scale
 from tests.support.capturing import bind, to_program, verify
 from tests.support.case import closed, randomise_norm
 
+pytestmark = pytest.mark.real_export
 SETTINGS = settings(
     max_examples=40,
     deadline=None,

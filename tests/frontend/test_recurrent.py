@@ -12,6 +12,7 @@ from torch._decomp import decompositions
 import gradkern
 from gradkern.util.torch_compat import recurrent_shapes_only
 
+pytestmark = pytest.mark.real_export
 CELLS = {"gru_cell": nn.GRU, "lstm_cell": nn.LSTM}
 
 

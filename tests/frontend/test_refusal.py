@@ -20,6 +20,7 @@ from gradkern.frontend.refusal import NoProgram
 from gradkern.ir.program import Contract
 from tests.support.capturing import to_program, verify
 
+pytestmark = pytest.mark.real_export
 LOGGER = logging.getLogger(__name__)
 
 

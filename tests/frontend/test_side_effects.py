@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import gradkern
 from tests.support.modules import Net
 
+pytestmark = pytest.mark.real_export
 log = logging.getLogger(__name__)
 
 

@@ -39,6 +39,7 @@ from tests.support.case import Case, Fn
 from tests.support.case_runs import forms, lowered, proposed
 from tests.support.modules import Net
 
+pytestmark = pytest.mark.real_export
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
 
 

@@ -21,7 +21,7 @@ from tests.support.case_runs import EXACT, exact, parts, run
 
 THREADS = 4
 SMALL = ("maxpool1d", "maxpool2d_mixed", "conv1d_groups", "residual", "elu", "bn_linear", "softmax", "two_inputs")
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")]
 
 
 def together(*jobs):
