@@ -97,7 +97,7 @@ def test_explain_counts_the_seeds_of_its_targets():
     assert sum(s.macs for s in one.steps) < sum(s.macs for s in every.steps)
 
 
-def test_explain(capsys):
+def test_explain_prints_its_table_unless_show_is_false(capsys):
     model, (x,) = net("maxpool1d")
     plan = gradkern.explain(model, x)
     assert str(plan) in capsys.readouterr().out

@@ -82,7 +82,9 @@ def engine_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "fc1"])
 @pytest.mark.parametrize("name", LAYERED)
-def test_layers(name: str, layer: str, to_input: bool, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_deep_lift_and_lrp_equal_stock_captum(
+    name: str, layer: str, to_input: bool, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = LAYERED[name] | {"attribute_to_layer_input": to_input}
     module = net.get_submodule(layer)
     want = [drawn(lambda: getattr(stock, name)(net, module).attribute(X, target=c, **options)) for c in range(3)]  # noqa: B023
@@ -100,7 +102,9 @@ def test_layers(name: str, layer: str, to_input: bool, net: Net, monkeypatch: py
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize(("layer", "unit"), [("conv2", (2, 0, 0)), ("fc1", -1)])
 @pytest.mark.parametrize("name", NEURON)
-def test_units(name: str, layer: str, unit: Any, to_input: bool, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neuron_deep_lift_equals_stock_captum(
+    name: str, layer: str, unit: Any, to_input: bool, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = NEURON[name] | {"attribute_to_neuron_input": to_input, "neuron_selector": unit}
     module = net.get_submodule(layer)
     want = drawn(lambda: getattr(stock, name)(net, module).attribute(X, **options))
@@ -136,7 +140,7 @@ def test_conductance_adds_up_over_units_and_steps(net: Net) -> None:
 
 
 @pytest.mark.parametrize("name", ["LayerDeepLiftShap", "LayerGradientShap", "NeuronConductance", "NeuronDeepLiftShap"])
-def test_small_blocks(name: str, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_rules_in_small_blocks_change_no_result(name: str, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     options = LAYERED.get(name) or NEURON[name] | {"neuron_selector": (2, 0, 0)}
     options = {k: v for k, v in options.items() if k != "target"}
     target = {} if name == "NeuronDeepLiftShap" else {"target": 1}
@@ -150,7 +154,7 @@ def test_small_blocks(name: str, net: Net, monkeypatch: pytest.MonkeyPatch) -> N
     same(found(), want)
 
 
-def test_targets_of_all_kinds(net: Net) -> None:
+def test_layer_rules_take_targets_of_all_kinds(net: Net) -> None:
     own = torch.tensor([[0, 1], [2, 2], [1, 0], [0, 2]])
     for name, options in LAYERED.items():
         options = {k: v for k, v in options.items() if k != "return_convergence_delta"}
@@ -177,7 +181,7 @@ def test_rules_of_lrp(net: Net) -> None:
     del net.conv2.rule, net.fc1.rule
 
 
-def test_custom_attributions(net: Net) -> None:
+def test_layer_rules_with_a_custom_attribution_function(net: Net) -> None:
     def custom(multipliers: Any, inputs: Any, baselines: Any) -> Any:
         return tuple(m.abs() * (x + b) for m, x, b in zip(multipliers, inputs, baselines, strict=True))
 

@@ -95,7 +95,7 @@ def test_deep_lift_reads_baselines_as_captum(baseline):
     )
 
 
-def test_custom_attribution_functions():
+def test_deep_lift_with_a_custom_attribution_function():
     model, x = build(PooledNet), images()
 
     def twice(multipliers, inputs, baselines):
@@ -115,7 +115,7 @@ def test_custom_attribution_functions():
 
 @pytest.mark.parametrize("engine", ["kernel", "reference"])
 @pytest.mark.parametrize("name", DEEP)
-def test_deep_lift_by_its_definition(name, engine):
+def test_deep_lift_equals_its_definition(name, engine):
     make, shape = DEEP[name]
     model = build(make)
     generator = torch.Generator().manual_seed(2)

@@ -23,7 +23,7 @@ HEAVY = ("cnn1d", "cnn1d_strided", "lenet5", "mlp", "fcn")  # their own test, in
 
 
 @pytest.mark.parametrize("case", [c for c in COVERED if c.name not in HEAVY], ids=repr)
-def test_agrees_with_the_oracle(case: Case) -> None:
+def test_cuda_kernels_on_the_host_equal_the_oracle(case: Case) -> None:
     device = HostDevice(blocks=2)
     model, inputs, y, got, used = run(case, torch.float64, 3, device)
     assert device.launches > 0
@@ -35,7 +35,7 @@ def test_agrees_with_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in HEAVY if n != "fcn"])
-def test_measured_networks_in_float32(name: str) -> None:
+def test_measured_networks_in_float32_on_the_host(name: str) -> None:
     device = HostDevice(blocks=1, threads=32)
     model, inputs, y, got, used = run(CASES[name], torch.float32, 2, device)
     assert used.single_chain
@@ -66,7 +66,7 @@ def test_small_shared_memory_splits_the_chain(kib: int) -> None:
 
 @pytest.mark.parametrize("shape", [(2,), (5, 7)])
 @pytest.mark.parametrize("name", ["conv1d_stride_pad", "linear_nobias", "conv_output", "log_softmax"])
-def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> None:
+def test_targets_on_the_host_equal_the_oracle(name: str, shape: tuple[int, ...]) -> None:
     case, generator = CASES[name], torch.Generator().manual_seed(3)
     outputs = math.prod(case.build()(*case.inputs(1)).shape[1:])
     targets = torch.randint(outputs, shape, generator=generator)

@@ -117,7 +117,7 @@ def both(z: Tensor, reference: Tensor, pool: tuple[int, ...], relu: bool, eps: f
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", POOLS)
-def test_multipliers_are_the_cpus_to_the_bit(name: str, dtype: torch.dtype) -> None:
+def test_multipliers_on_the_host_equal_the_cpus_to_the_bit(name: str, dtype: torch.dtype) -> None:
     plane, geometry = POOLS[name]
     pool = with_counts(plane, geometry)
     for relu in (True, False) if pool else (True,):
@@ -130,7 +130,7 @@ def test_multipliers_are_the_cpus_to_the_bit(name: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_multipliers_of_numbers_that_are_none(name: str) -> None:
+def test_multipliers_of_non_finite_numbers_equal_the_cpus(name: str) -> None:
     plane, geometry = POOLS[name]
     pool = with_counts(plane, geometry)
     generator = torch.Generator().manual_seed(3)
@@ -143,7 +143,7 @@ def test_multipliers_of_numbers_that_are_none(name: str) -> None:
             equal(*both(z, reference, pool, relu))
 
 
-def test_what_counts_as_moving() -> None:
+def test_slope_below_eps_is_the_derivative_and_above_it_the_secant() -> None:
     """Below eps the derivative at the input, at eps and above the secant."""
     z = torch.tensor([[[[0.0, 1e-3, 1e-3, -1e-3, 2.0]]]])
     reference = torch.tensor([[[[0.0, 1e-3 - 1e-4, -1e-4, 1e-4, 2.0]]]])
@@ -182,7 +182,7 @@ def test_multipliers_by_their_definition(name: str, relu: bool) -> None:
 @pytest.mark.parametrize("shared", [1200, 232448])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", DEEP)
-def test_deep_lift_by_its_definition(name: str, dtype: torch.dtype, shared: int) -> None:
+def test_deep_lift_on_the_device_equals_its_definition(name: str, dtype: torch.dtype, shared: int) -> None:
     make, shape = DEEP[name]
     model = build(make)
     modules = rule_oracle.flat_modules(model)
@@ -256,7 +256,7 @@ def test_relevance_by_its_definition() -> None:
 
 
 @pytest.mark.parametrize("shared", [256, 3000, 232448])
-def test_behind_a_softmax(shared: int) -> None:
+def test_deep_lift_of_a_network_that_ends_in_a_softmax_equals_the_reference(shared: int) -> None:
     """What comes back through the tail that no rule's kernel runs is dense."""
     body = [nn.Conv1d(1, 3, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(15, 6), nn.ReLU(), nn.Linear(6, 3)]
     model, x = nn.Sequential(*body, nn.Softmax(1)).double(), torch.randn(4, 1, 12, dtype=torch.float64)
@@ -354,7 +354,7 @@ def test_values_that_do_not_fit_one_chain() -> None:
     assert oracle.disagreeing(got, want, 1e-3) == 0
 
 
-def test_weights_that_are_not_finite() -> None:
+def test_rules_with_non_finite_weights_run_on_torch() -> None:
     """Skipping zeros is not exact then: no kernel runs."""
     model, x = build(Rows), torch.randn(3, 1, 12, dtype=torch.float64)
     gradkern.prepare(model, x)
@@ -378,7 +378,7 @@ def test_a_gpu_takes_larger_chunks() -> None:
 
 @settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(questions(programs()), st.sampled_from([300, 1500, 232448]), st.booleans())
-def test_random_programs(question, shared, secants) -> None:
+def test_rules_of_random_programs_equal_the_reference(question, shared, secants) -> None:
     """The gradient, or secants, on chains against the plain executor."""
     net, n, targets, wrt, seed, _ = question
     program, params, xs, base = net.program, net.params(seed), net.inputs(n, seed + 1), net.inputs(n, seed + 2)

@@ -183,7 +183,7 @@ def test_buffers_behind_a_function_are_left_as_they_were_by_a_refused_capture() 
     assert model[1].num_batches_tracked == 0
 
 
-def test_wrappers() -> None:
+def test_compiled_and_parallel_wrappers_are_unwrapped() -> None:
     model, _ = coder()
     compiled = torch.compile(model, backend="eager")
     assert unwrap(compiled) is unwrap(nn.DataParallel(compiled)) is unwrap(compiled.forward) is model

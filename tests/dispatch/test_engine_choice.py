@@ -100,7 +100,7 @@ def test_prepare_traces_now_and_only_once(monkeypatch):
 
 
 @pytest.mark.slow
-def test_forgets_a_model_with_the_model():
+def test_deleted_model_leaves_no_state():
     import gc
 
     model, (x,) = net()

@@ -97,7 +97,7 @@ def same(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("engine", ["kernel", "autograd"])
 @pytest.mark.parametrize("kind", MAKE)
-def test_one_of_several(kind: str, engine: Any, x: Tensor) -> None:
+def test_jacobian_of_one_of_several_outputs(kind: str, engine: Any, x: Tensor) -> None:
     model, want = net(kind), gradkern.jacobian(net(None), x, engine="autograd")
     for output in CHOICES[kind]:
         options: dict[str, Any] = {"engine": engine, "output": output}
@@ -140,7 +140,7 @@ def test_every_method(name: str, engine: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_errors(kind: str, x: Tensor) -> None:
+def test_wrong_choice_of_an_output_is_an_error_that_names_the_outputs(kind: str, x: Tensor) -> None:
     model = net(kind)
     without: list[Callable[[], Any]] = [
         lambda: gradkern.jacobian(model, x),

@@ -74,7 +74,7 @@ TORCHS = (constant, of_another_dtype, where_positive)
 
 
 @pytest.mark.parametrize("assign", [*FORMS, *TORCHS], ids=lambda assign: assign.__name__)
-def test_the_jacobian_is_autograds(assign: Callable[[Tensor, Tensor], None]) -> None:
+def test_jacobian_through_an_assignment_is_autograds(assign: Callable[[Tensor, Tensor], None]) -> None:
     model, x = Net(assign).double().eval(), torch.randn(5, 4, dtype=torch.float64)
     prepared = gradkern.prepare(model, x)
     assert prepared.program is not None

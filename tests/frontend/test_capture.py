@@ -238,7 +238,7 @@ SIZES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_is_captured_for_all_sizes(name: str) -> None:
+def test_one_capture_serves_all_batch_sizes(name: str) -> None:
     model = network(SIZES[name], listed=[torch.full((4,), 3.0).double()])
     for n in (3, 1, 60):
         expect(model, torch.randn(n, 4).double(), "kernel")

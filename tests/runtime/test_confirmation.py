@@ -129,7 +129,7 @@ def test_numbers_too_large_for_the_dtype_are_no_difference() -> None:
     assert oracle.jacobian(model, x)[1][0].isfinite().all()
 
 
-def test_what_has_been_compared_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_confirmed_plan_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net()
     program = capturing.to_program(model, (x,))
     params = dict(capturing.bind(program, model))
@@ -147,7 +147,7 @@ def test_what_has_been_compared_is_not_compared_again(monkeypatch: pytest.Monkey
     assert not calls
 
 
-def test_another_thread_compares_too(broken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_two_threads_are_both_compared(broken, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a thread compares, the results that another thread gets by the same plan are not trusted yet."""
     model, x = net()
     program = capturing.to_program(model, (x,))
@@ -193,7 +193,7 @@ def test_samples_without_a_gradient_are_moved(broken) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_a_forward_pass(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_forward_values_that_differ_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     model, x = net()
     program = capturing.to_program(model, (x,))
     params = dict(capturing.bind(program, model))
@@ -224,7 +224,7 @@ def test_terms_that_cancel_are_no_difference(dtype: torch.dtype) -> None:
     assert float(got.abs().max()) < 1e-6
 
 
-def test_a_transpose(broken) -> None:
+def test_transpose_that_differs_is_replaced_by_torch(broken) -> None:
     """DeepLift's multipliers are a transpose, whose slopes are tensors."""
     model, x = net()
     with pytest.warns(GradkernWarning, match="first results are not torch's own"):

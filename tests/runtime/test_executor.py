@@ -62,7 +62,7 @@ def targets_for(outputs: int, n: int, kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["one", "shared", "many", "each"])
 @pytest.mark.parametrize("name", SOME)
-def test_targets(name, kind):
+def test_shared_and_per_sample_targets_equal_the_oracle(name, kind):
     n = 4
     _, inputs, program, params = parts(name, n)
     targets = targets_for(program.outputs, n, kind)
@@ -71,7 +71,7 @@ def test_targets(name, kind):
 
 
 @pytest.mark.parametrize("wrt", [(0,), (1,), (1, 0)])
-def test_some_of_the_inputs(wrt):
+def test_jacobian_of_some_inputs_equals_the_oracle(wrt):
     _, inputs, program, params = parts("two_inputs", 4)
     _, jacobians = run(program, params, inputs, None, wrt)
     assert oracle.largest_error(jacobians, [exact("two_inputs", 4)[1][w] for w in wrt]) <= EXACT
@@ -88,7 +88,7 @@ def test_an_input_that_nothing_reads_has_zeros():
 
 
 @pytest.mark.parametrize("name", ["maxpool1d", "two_inputs", "resnet1d_opaque"])
-def test_one_sample_and_none(name):
+def test_executor_with_one_sample_and_with_none(name):
     _, inputs, program, params = parts(name, 1)
     assert oracle.largest_error(run(program, params, inputs)[1], exact(name, 1)[1]) <= EXACT
     y, jacobians = run(program, params, tuple(x[:0] for x in inputs))
@@ -97,7 +97,7 @@ def test_one_sample_and_none(name):
     assert [j.shape for j in jacobians] == [(0, program.outputs, *x.shape[1:]) for x in inputs]
 
 
-def test_no_target():
+def test_executor_without_targets_returns_the_output_alone():
     _, inputs, program, params = parts("maxpool1d", 3)
     y, (jac,) = run(program, params, inputs, torch.zeros(0, dtype=torch.int64))
     assert jac.shape == (3, 0, *inputs[0].shape[1:])
@@ -137,7 +137,7 @@ def test_layouts_of_inputs_and_outputs(name):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["lenet5", "bn_linear", "residual", "maxpool1d_ceil"])
-def test_block_boundaries(name, threads):
+def test_batches_at_block_boundaries_equal_the_oracle(name, threads):
     """One sample more and less than a block, for any number of threads; every sample as if it were alone."""
     _, inputs, program, params = parts(name, 66)
     want_y, want = exact(name, 66)
@@ -154,7 +154,7 @@ def test_block_boundaries(name, threads):
     "constants", [{"SEED_BYTES": 1}, {"BLOCK_BYTES": 1}, {"L1_BYTES": 0}, {"MAX_BLOCK": 1}, {"L1_BYTES": 1 << 30}]
 )
 @pytest.mark.parametrize("name", [*SMALL, "lenet5", "conv_output"])
-def test_small_scratch(name, constants, monkeypatch, fresh):
+def test_small_scratch_changes_no_result(name, constants, monkeypatch, fresh):
     for key, value in constants.items():
         monkeypatch.setattr(emitters if key == "L1_BYTES" else scratch, key, value)
     _, inputs, program, params = parts(name, 9)

@@ -66,7 +66,7 @@ CORNERS = {
 
 @pytest.mark.parametrize("wrt", [(0,), (1,), (1, 0)])
 @pytest.mark.parametrize("name", CORNERS)
-def test_corners(name, wrt):
+def test_rare_programs_equal_the_reference(name, wrt):
     steps, output = CORNERS[name]
     # A second input, which nobody reads, moves the numbers of all other values by one.
     shift = lambda v: v + (v > 0)  # noqa: E731

@@ -36,7 +36,7 @@ def forward_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @settings(FAST, max_examples=FUZZ or 150, derandomize=not FUZZ)
 @given(questions(programs()), st.sampled_from([0, 1, 1.25]))
-def test_random_programs(question, cut_worthwhile):
+def test_random_programs_in_forward_mode_equal_the_reference(question, cut_worthwhile):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direction, "FORWARD_WORTHWHILE", 0)
         patch.setattr(direction, "CUT_WORTHWHILE", cut_worthwhile)
@@ -46,7 +46,7 @@ def test_random_programs(question, cut_worthwhile):
 
 
 @pytest.mark.parametrize("name", [case.name for case in TRACEABLE if not case.opaque])
-def test_every_case(name, forward_mode):
+def test_every_case_in_forward_mode_equals_the_oracle(name, forward_mode):
     _, inputs, program, params = parts(name, 3)
     y, jacobians = run(program, params, inputs)
     want_y, want = exact(name, 3)
@@ -72,7 +72,7 @@ def test_few_inputs_and_many_outputs(name):
     assert oracle.largest_error(run(program, params, inputs, few)[1], [oracle.pick(want, few)]) <= EXACT
 
 
-def test_every_public_call_has_it():
+def test_every_public_call_takes_forward_mode():
     model, x = decoder().double().eval(), torch.randn(3, 4, dtype=torch.float64)
     (want,) = oracle.jacobian(model, (x,))[1]
     shaped = want.view(3, 1, 12, 12, 4)
@@ -82,7 +82,7 @@ def test_every_public_call_has_it():
     assert oracle.relative_error(torch.cat(pieces), shaped) <= EXACT
 
 
-def test_a_sample_does_not_depend_on_its_neighbours():
+def test_tangents_of_a_sample_alone_and_in_a_batch_are_bit_equal():
     _, inputs, program, params = parts("decoder", 5)
     _, (together,) = run(program, params, inputs)
     for n in range(5):

@@ -34,7 +34,7 @@ def make_local(monkeypatch, tile):
 
 @settings(FAST, max_examples=FUZZ or 200, derandomize=not FUZZ)
 @given(questions(programs()), st.sampled_from([1, 2, 7]))
-def test_random_programs(question, tile):
+def test_random_programs_with_local_seeds_equal_the_reference(question, tile):
     with pytest.MonkeyPatch.context() as patch:
         make_local(patch, tile)
         gradkern.reset()
@@ -42,7 +42,7 @@ def test_random_programs(question, tile):
     gradkern.reset()
 
 
-def test_an_index_of_nothing_moves_nothing():
+def test_expanding_no_runs_gives_no_offsets():
     assert [offsets.tolist() for offsets in local.expand_runs([])] == [[], []]
 
 
@@ -125,7 +125,7 @@ def parts(name, n):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_equal_the_oracle(name, always_local):
+def test_networks_with_local_seeds_equal_the_oracle(name, always_local):
     net, x, program, params = parts(name, 2)
     want = oracle.jacobian(net, x)[1][0]
     random = torch.Generator().manual_seed(1)

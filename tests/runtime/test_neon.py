@@ -25,7 +25,7 @@ NAMES = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_agrees_with_the_oracle(name: str, dtype: torch.dtype) -> None:
+def test_neon_kernels_equal_the_oracle(name: str, dtype: torch.dtype) -> None:
     _, inputs, program, params = parts(name, 3, dtype)
     with torch.no_grad(), installed(device := Emulator()):
         y, got = executor.jacobian(program, params, inputs)
