@@ -70,7 +70,7 @@ def save_both(ctx, inputs, output):
     ctx.save_for_backward(x)
 
 
-class Net(nn.Module):
+class CallsNewOps(nn.Module):
     def __init__(self, ops):
         super().__init__()
         self.ops, self.first, self.last = ops, nn.Conv1d(2, 8, 3), nn.Linear(4 * 6, 3)
@@ -82,7 +82,7 @@ class Net(nn.Module):
 
 def test_layer_of_the_recipes_page_runs_as_the_page_says(made_up):
     torch.manual_seed(0)
-    model, x = Net(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
+    model, x = CallsNewOps(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     capturing.verify(program, model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]

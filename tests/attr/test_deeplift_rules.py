@@ -16,14 +16,10 @@ from gradkern.attr.rules import eager, tape
 from gradkern.dispatch.targets import Seeds
 from gradkern.util.options import BadType, BadValue, GradkernWarning
 from tests.support.deeplift_operations import OPERATIONS, UNRULED, Mixed, by_tape, ends, incomplete
+from tests.support.rule_networks import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXACT = 1e-10
-
-
-def build(make, *args):
-    torch.manual_seed(0)
-    return make(*args).double().eval()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -14,24 +14,11 @@ from torch import nn
 import gradkern
 from gradkern import attr as ours
 from tests.support import oracle
+from tests.support.rule_networks import UsedOnce
 
 N = 4
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-
-class Net(nn.Module):
-    """Modules that are used once, and no ReLU directly before a max pool: Captum is right on it, for every method."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.act1, self.pool = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2)
-        self.conv2, self.act2 = nn.Conv2d(4, 5, 2), nn.Tanh()
-        self.fc1, self.act3, self.fc2 = nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = self.act2(self.conv2(self.pool(self.act1(self.conv1(x)))))
-        return self.fc2(self.act3(self.fc1(x.flatten(1))))
 
 
 class PerStep(nn.Module):
@@ -39,7 +26,7 @@ class PerStep(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = Net()
+        self.net = UsedOnce(20)
         self.head = nn.Linear(3, 6)
 
     def forward(self, x):
@@ -94,7 +81,7 @@ def drawn(call):
 def largest_error(name, dtype):
     """The largest difference over all targets, relative to the largest attribution."""
     errors = []
-    for make, targets in ((Net, TARGETS), (PerStep, TUPLES)):
+    for make, targets in ((lambda: UsedOnce(20), TARGETS), (PerStep, TUPLES)):
         torch.manual_seed(0)
         model = make().to(dtype).eval()
         x = torch.randn(N, 1, 8, 8, generator=torch.Generator().manual_seed(2)).to(dtype)

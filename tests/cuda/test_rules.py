@@ -41,7 +41,7 @@ pytestmark = [
 NAMES = ("residual", "maxpool1d_overlap_pad", "maxpool2d", "two_inputs", "bn_linear", "skips_all")
 
 
-def every(method: str, name: str, device: HostDevice | None, samples: int = 3) -> torch.Tensor:
+def all_outputs(method: str, name: str, device: HostDevice | None, samples: int = 3) -> torch.Tensor:
     """All outputs by the kernels of ``device``, or by plain torch."""
     case = CASES[name]
     model, inputs = case.build(dtype=torch.float64), case.inputs(samples, dtype=torch.float64)
@@ -59,9 +59,9 @@ def every(method: str, name: str, device: HostDevice | None, samples: int = 3) -
 @pytest.mark.parametrize("method", ["GuidedBackprop", "Deconvolution", "DeepLift", "LRP"])
 def test_rules_as_the_reference(name: str, method: str) -> None:
     device = HostDevice(threads=32)
-    found = every(method, name, device)
+    found = all_outputs(method, name, device)
     assert device.launches > 0
-    torch.testing.assert_close(found, every(method, name, None), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, all_outputs(method, name, None), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_rules_as_the_reference(name: str, method: str) -> None:
 def test_rules_where_shared_memory_is_small(method: str, name: str, shared: int) -> None:
     """Chains of parts of the network, beside ATen."""
     device = HostDevice(shared_bytes=shared, threads=32)
-    found = every(method, name, device)
+    found = all_outputs(method, name, device)
     assert (device.launches > 0) == (shared > 256)
-    torch.testing.assert_close(found, every(method, name, None), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, all_outputs(method, name, None), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("function", ["guided_relu", "open_relu"])
@@ -100,9 +100,9 @@ def test_seeds_in_several_tiles(method: str) -> None:
         return real(*args)
 
     device.chain_vjp = noting  # type: ignore[method-assign]
-    found = every(method, "conv_output", device)
+    found = all_outputs(method, "conv_output", device)
     assert any(tile < seeds for tile, seeds in tiles)
-    torch.testing.assert_close(found, every(method, "conv_output", None), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, all_outputs(method, "conv_output", None), rtol=1e-10, atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -308,8 +308,8 @@ def test_what_no_kernel_takes_is_left_to_torch() -> None:
     """The plain executor, without a launch."""
     device = HostDevice(shared_bytes=64, threads=32)
     for method in ("DeepLift", "LRP"):
-        found = every(method, "maxpool2d", device)
-        torch.testing.assert_close(found, every(method, "maxpool2d", None), rtol=1e-10, atol=1e-10)
+        found = all_outputs(method, "maxpool2d", device)
+        torch.testing.assert_close(found, all_outputs(method, "maxpool2d", None), rtol=1e-10, atol=1e-10)
     assert device.launches == 0
     assert device.rescales > 0
 
@@ -327,9 +327,9 @@ def test_a_chain_that_turns_out_too_large(monkeypatch) -> None:
     gradkern.reset()
     monkeypatch.setattr(Plan, "chain", refuse)
     device = HostDevice(threads=32)
-    found = every("LRP", "residual", device)
+    found = all_outputs("LRP", "residual", device)
     assert device.launches == 1  # the forward pass
-    torch.testing.assert_close(found, every("LRP", "residual", None), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, all_outputs("LRP", "residual", None), rtol=1e-10, atol=1e-10)
 
 
 def test_values_that_do_not_fit_one_chain() -> None:

@@ -348,7 +348,7 @@ def test_a_cast_keeps_imaginary_parts() -> None:
 # Weights, and a plan
 
 
-def build() -> nn.Module:
+def with_norm() -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
 
@@ -363,10 +363,10 @@ HERE = "tests.data.test_inputs_people_have"
 @pytest.mark.parametrize("wrap", [None, "state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.module."])
 def test_weights_are_read_from_every_kind_of_checkpoint(prefix: str, wrap: str | None, tmp_path) -> None:
-    wanted = {name: value + 1 for name, value in build().state_dict().items()}
+    wanted = {name: value + 1 for name, value in with_norm().state_dict().items()}
     content = {prefix + name: value for name, value in wanted.items()}
     torch.save({wrap: content, "epoch": 3} if wrap else content, tmp_path / "w.pt")
-    loaded = load_model(f"{HERE}:build", str(tmp_path / "w.pt")).state_dict()
+    loaded = load_model(f"{HERE}:with_norm", str(tmp_path / "w.pt")).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
 
 
@@ -376,7 +376,7 @@ def test_file_that_is_no_checkpoint_is_refused(content, tmp_path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"x")
     for name in ("w.pt", "w.safetensors"):
         with pytest.raises(ValueError, match="--weights: ") as caught:
-            load_model(f"{HERE}:build", str(tmp_path / name))
+            load_model(f"{HERE}:with_norm", str(tmp_path / name))
         assert "\n" not in str(caught.value)
 
 
@@ -441,7 +441,7 @@ def test_random_weights_are_refused(nets) -> None:
             load_model(f"nets_of_test:{name}")
     for name in ("seeded", "loads", "constant"):
         load_model(f"nets_of_test:{name}")
-    load_model(f"{HERE}:build")
+    load_model(f"{HERE}:with_norm")
 
 
 def test_weights_that_fit_twice_in_part_or_not(nets, tmp_path) -> None:
@@ -470,7 +470,7 @@ def test_a_plan_writes_nothing(tmp_path) -> None:
     np.save(tmp_path / "x.npy", X)
     words = [
         "run",
-        f"{HERE}:build",
+        f"{HERE}:with_norm",
         str(tmp_path / "x.npy"),
         str(tmp_path / "a.zarr"),
         "--chunk",

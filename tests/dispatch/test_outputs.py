@@ -65,7 +65,7 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-class Net(nn.Module):
+class SeveralOutputs(nn.Module):
     def __init__(self, kind: str | None) -> None:
         super().__init__()
         self.first, self.act, self.last, self.kind = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3), kind
@@ -83,7 +83,7 @@ def x() -> Tensor:
 
 def net(kind: str | None) -> nn.Module:
     torch.manual_seed(0)
-    return Net(kind).double().eval()
+    return SeveralOutputs(kind).double().eval()
 
 
 def drawn_anew() -> None:

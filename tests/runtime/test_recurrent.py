@@ -11,7 +11,7 @@ from tests.support import capturing, oracle
 from tests.support.capturing import bind
 
 
-class Net(nn.Module):
+class ReadsRecurrentLayer(nn.Module):
     """A recurrent layer and what is read of it."""
 
     def __init__(self, layer, read):
@@ -39,7 +39,7 @@ OPTIONS = {
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_networks_are_exact_and_fused(layer, options, read):
     torch.manual_seed(0)
-    model = Net(layer(3, 4, batch_first=True, **OPTIONS[options]), read).double().eval()
+    model = ReadsRecurrentLayer(layer(3, 4, batch_first=True, **OPTIONS[options]), read).double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     capturing.verify(program, model, (x,))
@@ -51,7 +51,7 @@ def test_recurrent_networks_are_exact_and_fused(layer, options, read):
 
 def test_relu_rnn():
     torch.manual_seed(0)
-    model = Net(nn.RNN(3, 4, nonlinearity="relu", batch_first=True), "all").double().eval()
+    model = ReadsRecurrentLayer(nn.RNN(3, 4, nonlinearity="relu", batch_first=True), "all").double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
