@@ -76,9 +76,8 @@ def test_dense_cotangents(kib: int) -> None:
     """Shared memory so small that a chain is split: a forward of its own, and cotangents from one to the next."""
     device = Launchers(shared_bytes=kib * 1024)
     model, inputs, y, got, used = run(CASES["maxpool2d"], torch.float64, 5, device)
-    dense = [args for name, args in device.calls if name == "chain_vjp" and args[9]]
     assert not used.single_chain
-    assert dense
+    assert any(given["cotangents"] for given in device.vjps())
     assert "chain_forward" in dict(device.calls)
     right(model, inputs, y, got)
 
@@ -89,9 +88,9 @@ def test_several_tiles_of_seeds() -> None:
     for shared in range(2048, 65536, 1024):
         device = Launchers(shared_bytes=shared)
         model, inputs, y, got, used = run(CASES["conv_output"], torch.float64, 2, device)
-        name, args = device.calls[-1]
-        if used.single_chain and name == "chain_vjp":
-            seeds, tile = args[7].shape[-1], args[10]
+        if used.single_chain and device.vjps():
+            given = device.vjps()[-1]
+            seeds, tile = given["targets"].shape[-1], given["seed_tile"]
             break
     assert 0 < tile < seeds
     right(model, inputs, y, got)
@@ -112,7 +111,7 @@ def test_small_batch_is_spread_over_all_multiprocessors(n: int, processors: int)
     """A small batch is spread over all multiprocessors; a large one gives each its own block."""
     device = Launchers(processors)
     model, inputs, y, got, _ = run(CASES["linear_nobias"], torch.float64, n, device)
-    planned = CudaSizes(*device.calls[-1][1][5]).block
+    planned = CudaSizes(*device.vjps()[-1]["sizes"]).block
     block = min(planned, -(-n // processors))
     assert device.gpu.blocks == min(-(-n // block), processors)
     few = [x[-3:] for x in inputs]

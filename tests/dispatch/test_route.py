@@ -83,7 +83,7 @@ def test_a_path_of_many_blocks_decides_once(name: str, engine: str, asked: dict[
     asked.update(call_reason=0, matching=0)
     with gradkern.use(engine, memory_budget=20_000):
         PATHS[name](model, x)
-    assert (name, engine, asked) == 0
+    assert asked == {"call_reason": 1, "matching": 1}
 
 
 def request_of(model: Callable[..., torch.Tensor], x: torch.Tensor) -> Request:

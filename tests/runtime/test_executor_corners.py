@@ -108,6 +108,8 @@ def test_programs_that_differ_in_coefficients_are_different():
 
 
 def test_the_key_is_the_same_in_every_process():
+    """Stores keep it.  A change of `Program`, its forms or their printing that changes the key makes every store
+    another run's: count `fingerprint.KEYS` up then, and put here what the failing assertion shows."""
     program = Program(((4,),), (dense(3, 4, 0), Step(Scale("elu", (1.0, 0.1, 1.0)), (1,), (3,))), 2)
     assert program.key == copy.deepcopy(program).key == "4c77612d6a8b6075"
 
