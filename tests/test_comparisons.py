@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from benchmarks import accuracy
 from benchmarks.zoo import network
-from tests.attr import test_table
 from tests.support import cpu_replay, deeplift_operations, oracle, pools, properties
 
 NAN, INF = math.nan, math.inf
@@ -96,26 +95,3 @@ def test_the_error_column_of_the_zoo_shows_a_nan(monkeypatch: pytest.MonkeyPatch
     jacobian = network.gradkern.jacobian
     monkeypatch.setattr(network.gradkern, "jacobian", lambda *args, **kw: jacobian(*args, **kw) * torch.tensor(NAN))
     assert network.error(model, x, [0, 1]) == INF
-
-
-def test_the_table_of_captums_methods_sees_a_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    options_of = test_table.options_of
-    explainer = test_table.explainer
-
-    class Spoiled:
-        def __init__(self, real: object) -> None:
-            self.real = real
-
-        def attribute(self, *args: object, **kwargs: object) -> Tensor:
-            return self.real.attribute(*args, **kwargs) * NAN
-
-        def attribute_all(self, *args: object, **kwargs: object) -> Tensor:
-            return self.real.attribute_all(*args, **kwargs)
-
-    def spoiled(package: object, *args: object) -> object:
-        found = explainer(package, *args)
-        return Spoiled(found) if package is test_table.ours else found
-
-    assert options_of("Saliency", torch.float64) is not None
-    monkeypatch.setattr(test_table, "explainer", spoiled)
-    assert test_table.largest_error("Saliency", torch.float64) == INF

@@ -107,3 +107,10 @@ METHODS = [kind.__name__ for kind in ours.REPLACEMENTS if not kind.__name__.star
 @pytest.mark.parametrize("name", METHODS)
 def test_difference_to_stock_captum(name, dtype):
     assert largest_error(name, dtype) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("call", ["attribute", "attribute_all"])
+def test_attributions_that_are_nan_differ_from_captums(call, monkeypatch):
+    right = getattr(ours.Saliency, call)
+    monkeypatch.setattr(ours.Saliency, call, lambda *args, **options: right(*args, **options) * torch.nan)
+    assert largest_error("Saliency", torch.float64) == torch.inf
