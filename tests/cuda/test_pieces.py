@@ -47,8 +47,10 @@ def test_networks_in_pieces_on_the_host_equal_the_oracle(name: str, kib: float) 
     want_y, (want,) = oracle.jacobian(model, x)
     assert oracle.relative_error(y, want_y) < 1e-12
     assert oracle.relative_error(got, want) < 1e-11
-    assert (name, kib, used.single_chain) == 0
-    assert (device.launches > 0) == (used.native_share > 0) == (kib >= 1)
+    assert not used.single_chain
+    assert (device.launches > 0) == (used.native_share > 0)
+    if kib >= 1:
+        assert used.native_share > 0
 
 
 @pytest.mark.parametrize("name", ["cnn1d_strided", "maxpool2d", "residual", "shared_conv", "two_inputs"])

@@ -76,7 +76,7 @@ def test_rules_where_shared_memory_is_small(method: str, name: str, shared: int)
     """Chains of parts of the network, beside ATen."""
     device = HostDevice(shared_bytes=shared, threads=32)
     found = all_outputs(method, name, device)
-    assert (device.launches > 0) == (shared > 256)
+    assert (device.launches > 0) == (shared > 256 or name != "maxpool2d")  # where sums alone fit
     torch.testing.assert_close(found, all_outputs(method, name, None), rtol=1e-10, atol=1e-10)
 
 
@@ -201,8 +201,11 @@ def test_deep_lift_on_the_device_equals_its_definition(name: str, dtype: torch.d
     device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = attr.DeepLift(model.to(dtype), engine="kernel").attribute_all(x.to(dtype), baselines=base.to(dtype))
-    assert (name, shared, dtype, device.launches) == 0
-    assert (name, device.rescales > 0) == 0
+    if shared == 232448:
+        assert device.launches == 3  # forward at the input and at the reference, backward
+    else:
+        assert device.launches > 0
+    assert (device.rescales > 0) == (name not in ("overlap", "pool_first"))  # which have no ReLU
     assert oracle.relative_error(got, want) < (1e-10 if dtype == torch.float64 else 1e-4)
     with installed(device):
         one = attr.DeepLift(model, engine="kernel").attribute(x.to(dtype), base.to(dtype), target=2)
@@ -256,15 +259,15 @@ def test_relevance_by_its_definition() -> None:
     torch.testing.assert_close(own, oracle.pick(want, torch.tensor([[0, 1], [2, 2], [1, 0]])), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("shared", [256, 3000, 232448])
-def test_deep_lift_of_a_network_that_ends_in_a_softmax_equals_the_reference(shared: int) -> None:
+@pytest.mark.parametrize(("shared", "launches"), [(256, 3), (3000, 5), (232448, 3)])
+def test_deep_lift_of_a_network_that_ends_in_a_softmax_equals_the_reference(shared: int, launches: int) -> None:
     """What comes back through the tail that no rule's kernel runs is dense."""
     body = [nn.Conv1d(1, 3, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(15, 6), nn.ReLU(), nn.Linear(6, 3)]
     model, x = nn.Sequential(*body, nn.Softmax(1)).double(), torch.randn(4, 1, 12, dtype=torch.float64)
     device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = attr.DeepLift(model, engine="kernel").attribute_all(x)
-    assert (shared, device.launches) == 0
+    assert device.launches == launches  # two forward passes and one back, or parts of them
     want = attr.DeepLift(model, engine="reference").attribute_all(x)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
