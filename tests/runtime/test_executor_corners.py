@@ -221,3 +221,16 @@ def test_no_norm_is_folded_into_what_is_read_under_another_shape():
     y, (got,) = run(program, capturing.bind(program, model), (x,))
     assert oracle.relative_error(y, want_y) < EXACT
     assert oracle.relative_error(got, want) < EXACT
+
+
+def test_zero_slopes_are_skipped_before_and_after_many_positions_without_any():
+    """Zeros are looked for at every position, then seldom, then at every one again; the sums stay the same."""
+    model = nn.Sequential(nn.Conv1d(1, 20, 5), nn.Hardswish(), nn.Conv1d(20, 3, 3), nn.Flatten(), nn.LazyLinear(4))
+    x = torch.randn(3, 1, 400, dtype=torch.float64)
+    x[:, :, :40] *= 9
+    x[:, :, 40:300] *= 0.01  # no slope is zero here
+    x[:, :, 300:] *= 9
+    model.double()(x)
+    model[0].bias.data.zero_()
+    got = gradkern.jacobian(model.eval(), x, engine="kernel")
+    assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
