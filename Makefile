@@ -13,7 +13,7 @@ ASKED := $(if $(filter command line environment override,$(origin TORCH)),--torc
 TORCH ?= torch==2.13.0
 ARGS ?=
 
-# `make demo` alone installs what the demo needs; whatever else is asked for installs the rest beside it.
+# `make demo` alone installs what the demo needs; any other goal installs the rest as well.
 GOALS := $(or $(MAKECMDGOALS),help)
 ADDED := $(filter docs,$(GOALS)) $(if $(filter wheel,$(GOALS)),release)
 EXTRAS := $(if $(filter-out demo,$(GOALS)),$(if $(strip $(ADDED)),--extras demo data ray bench plot dev $(ADDED)),--extras demo)

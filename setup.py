@@ -116,7 +116,7 @@ def compile_flags() -> list[str]:
     # No -std: torch appends the one that its headers need.  No -march, no -ffast-math: see the module docstring.
     # -fopenmp-simd: the pragmas that let a sum be taken in the lanes of a vector; no OpenMP library comes with it.
     # -fno-trapping-math: a comparison may run where it is not needed, without which gcc vectorizes no clamp, so none of
-    # the activations.  Values do not change, only the processor's flags of exceptions, which nobody reads.
+    # the activations.  Values do not change, only the processor's exception flags, which are never read.
     flags = ["-O3", "-g0", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
     return [*flags, "-Wno-unknown-pragmas", "-Wno-psabi"]
 
@@ -135,7 +135,7 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++", "cl")):
         without_extension("no C++ compiler found.")
         return [], plain_build_ext
-    # A ninja installed beside this Python is found even where its environment is not activated.
+    # A ninja installed next to this Python is found even where its environment is not activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
     if not sources:

@@ -31,7 +31,7 @@ from tests.cases import CASES
 from tests.support.case import randomise_norm
 
 BATCHES = (16, 64, 256)  # at which stock Captum is tried
-PATH_MEMORY = 256 << 20  # bytes that 50 steps on 20,000 samples may take beside the result
+PATH_MEMORY = 256 << 20  # bytes that 50 steps on 20,000 samples may take in addition to the result
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _status(key: str) -> int:
 
 
 def long_path(samples: int, all_outputs: bool) -> dict[str, Any]:
-    """IntegratedGradients, 50 steps, on ``samples`` of `cnn1d`: time, and memory beside input and result."""
+    """IntegratedGradients, 50 steps, on ``samples`` of `cnn1d`: time, and memory in addition to input and result."""
     model = CASES["cnn1d"].build().requires_grad_(False)
     x = torch.randn(samples, 1, 224)
     mine = ours.IntegratedGradients(model)

@@ -55,7 +55,7 @@ class Row:
 
 
 def pin(precision: str) -> None:
-    """TF32 for everybody or for nobody.  (After ``matmul.allow_tf32``, torch would not tell "medium" any more.)"""
+    """TF32 for all contenders or for none.  (After ``matmul.allow_tf32``, torch would not tell "medium" any more.)"""
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"
 
@@ -297,7 +297,7 @@ def report(rows: list[Row], measured: dict[str, Any], counts: dict[str, operatio
 
 
 def digest(rows: list[Row], measured: dict[str, Any], counts: dict[str, operations.Operations]) -> list[str]:
-    """One line per network and precision: the public call beside its best peer."""
+    """One line per network and precision: the public call and its best peer."""
     lines = [f"{'net':14}{'precision':10}{'gradkern ms':>12}{'roof':>6}{'error':>10}{'x peer':>8}  best peer"]
     for row in rows:
         if row.name != "gradkern":

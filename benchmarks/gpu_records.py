@@ -1,4 +1,4 @@
-"""Where the time of a chain goes on a GPU: every record's, measured, beside what the planner expected.
+"""Where the time of a chain goes on a GPU: every record's, measured, and as the planner expected it.
 
     python -m benchmarks.gpu_records [--nets cnn1d lenet5] [--out FOLDER]
 

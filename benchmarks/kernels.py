@@ -1,4 +1,4 @@
-"""The kernels one by one: forward and multi-seed backward of a layer, or of a few, beside torch's own backward.
+"""The kernels one by one: forward and multi-seed backward of a layer, or of a few, compared with torch's own backward.
 
 For every step, shape and instruction set: time, needed operations and bytes, the share of the roof (the lower one of
 the matrix product's rate and the memory's, both measured in the same run), and torch's loop over seeds and

@@ -1,4 +1,4 @@
-"""The two questions that gradkern was begun for, each with its goal, and the best peer beside it.
+"""The two questions that gradkern was begun for, each with its goal and the best peer.
 
 How long do the gradients of all three classes take for 194,109 series of 224 numbers?  (`benchmarks.full_set`: one
 call of each contender in a process of its own.)  And how long does the 784×10 Jacobian of LeNet-5 take for one image,

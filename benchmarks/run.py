@@ -49,7 +49,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("kernel", "reference", "autograd", "auto"), default="kernel",
                         help="gradkern's engine (default: kernel)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny N, 3 rounds: shows that it works, measures nothing")
-    parser.add_argument("--out", type=Path, help="the JSON file; the picture lies beside it "
+    parser.add_argument("--out", type=Path, help="the JSON file; the picture lies next to it "
                         "(default: benchmarks/results/<cpu>-<threads>t.json, or quick.json)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a ratio is below its floor")
     chosen = parser.parse_args(words)

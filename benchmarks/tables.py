@@ -58,7 +58,7 @@ def operations() -> str:
 
 
 def captum() -> str:
-    """docs/captum.md: each method beside stock Captum."""
+    """docs/captum.md: each method and stock Captum."""
     rows: dict[str, list[str]] = {}
     found = load("captum-2t.json")["rows"]
     nets = list(dict.fromkeys(r["net"] for r in found))

@@ -1,7 +1,7 @@
 """Trains a small network on ArrowHead and exports it, for the command line.
 
 python examples/arrowhead.py            # writes arrowhead.pt2 and arrowhead.npy
-gradkern run arrowhead.pt2 arrowhead.npy arrowhead.zarr --method jacobian --reduce importance
+gradkern run arrowhead.pt2 arrowhead.npy arrowhead.zarr --method jacobian --reductions importance
 gradkern report arrowhead.zarr --model arrowhead.pt2 --source arrowhead.npy --names "class 0,class 1,class 2"
 """
 

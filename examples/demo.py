@@ -397,7 +397,7 @@ def explain_both(out: Path, quick: bool) -> Path:
 
 
 def idle_cores() -> int:
-    """A thread without a core of its own makes all others wait: on a busy machine, two threads can be far slower than
+    """A thread without its own core makes all others wait: on a busy machine, two threads can be far slower than
     one."""
     cores = torch.get_num_threads()
     return max(1, min(cores, round(cores - os.getloadavg()[0])))

@@ -49,8 +49,8 @@ x, y = sequences(200)
 print(f"correlation with what was planted: {float(torch.corrcoef(torch.stack([net(x)[:, 0].detach(), y]))[0, 1]):.2f}")
 
 # %%
-# References: twenty shuffles of each sequence, drawn by a seed of its own.  On real sequences use ``--references
-# dinucleotide-shuffle`` (tangermeme's, from the extra ``genomics``), which keeps the frequencies of pairs of letters.
+# References: twenty shuffles of each sequence, drawn with its own seed.  On real sequences use ``--baselines
+# dinucleotide-shuffle`` (tangermeme's, from the extra ``genomics``), which keeps the frequencies of pairs of bases.
 
 
 def shuffled(inputs: torch.Tensor, n: int, random_state: int) -> torch.Tensor:

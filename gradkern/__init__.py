@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from . import attr as attr
     from . import kernels as kernels
     from . import plot as plot
-    from .api import explain, iter_jacobian, jacobian, prepare
+    from .api import Explanation, explain, iter_jacobian, jacobian, prepare
     from .attr.plug import accelerate
     from .checking import Check, check
     from .data import importance, run
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Check": "checking",
+    "Explanation": "api",
     "GradkernWarning": "util.options",
     "KernelsDiffer": "runtime.confirmation",
     "Plan": "planner.plan",
@@ -51,6 +52,7 @@ _SUBMODULES = ("attr", "kernels", "plot")
 
 __all__ = [
     "Check",
+    "Explanation",
     "GradkernWarning",
     "KernelsDiffer",
     "Plan",

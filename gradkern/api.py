@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias, overload
+from typing import Any, ClassVar, Protocol, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .dispatch import eager, repeated
+from .dispatch import eager, repeated, state
 from .dispatch.prepared import Prepared
 from .dispatch.request import (
     JacobianResult,
@@ -26,6 +26,7 @@ from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.calls import Params
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
+from .planner.timing import Timing
 from .runtime import executor, mac_counter, parameters
 from .util import options
 from .util.callables import name_of, with_output
@@ -90,10 +91,10 @@ def jacobian(
         One tensor ``[N, *in]``, or a tuple of such tensors with equal N.  Neither they nor the model are changed.
     targets
         ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list of S
-        distinct ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).  A tensor
-        ``[N, S]`` (or N lists): each sample's own.  A tensor ``[N]`` is refused, because it may mean either.  For an
-        output with several axes a tuple of indices, a list of S tuples, or a tensor ``[N, S, axes]``.  ``TopK(k)``:
-        the k highest outputs of each sample.
+        distinct ints: these outputs **for all samples** (unlike Captum, which reads one target per sample; a warning
+        says so once if S = N).  A tensor ``[N, S]`` (or N lists): each sample's own.  A tensor ``[N]`` is refused,
+        because it may mean either.  For an output with several axes a tuple of indices, a list of S tuples, or a tensor
+        ``[N, S, axes]``.  ``TopK(k)``: the k highest outputs of each sample.
     out
         A tensor or numpy array (`np.memmap`) of the result's shape to write to, or a tuple of them; any floating
         dtype.  The result may be larger than memory.
@@ -133,6 +134,7 @@ def jacobian(
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
+    _note_list_of_targets(request, targets)
     with showing_progress(progress):
         results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
@@ -145,39 +147,41 @@ def jacobian(
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor, targets: TopK, *, chunk: int | None = None, wrt: int | None = None,
-    engine: Engine | None = None, output: Output = None,
+    engine: Engine | None = None, output: Output = None, progress: bool | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Several, targets: TopK, *, chunk: int | None = None, wrt: Sequence[int] | None = None,
-    engine: Engine | None = None, output: Output = None,
+    engine: Engine | None = None, output: Output = None, progress: bool | None = None,
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor, targets: Targets = None, *, chunk: int | None = None, wrt: int | None = None,
-    engine: Engine | None = None, output: Output = None,
+    engine: Engine | None = None, output: Output = None, progress: bool | None = None,
 ) -> Iterator[Tensor]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Several, targets: Targets = None, *, chunk: int | None = None,
     wrt: Sequence[int] | None = None, engine: Engine | None = None, output: Output = None,
+    progress: bool | None = None,
 ) -> Iterator[tuple[Tensor, ...]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
-    wrt: Wrt = None, engine: Engine | None = None, output: Output = None,
+    wrt: Wrt = None, engine: Engine | None = None, output: Output = None, progress: bool | None = None,
 ) -> Iterator[Any]: ...  # fmt: skip
 
 
 def iter_jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
-    wrt: Wrt = None, engine: Engine | None = None, output: Output = None,
+    wrt: Wrt = None, engine: Engine | None = None, output: Output = None, progress: bool | None = None,
 ) -> Iterator[Any]:  # fmt: skip
     """`jacobian` in pieces of consecutive samples, for results larger than memory.
 
     Yields what `jacobian` returns, for ``chunk`` samples at a time (by default, as many as make a piece of the size
     of the memory budget).  Concatenated along axis 0, the pieces are `jacobian`'s result.  A model whose samples
-    depend on each other is computed as a whole first.
+    depend on each other is computed as a whole first.  The other arguments as in `jacobian`; the progress bar counts
+    the pieces that have been yielded.
     """
     tensors, indices = read_inputs(inputs, wrt)
     if chunk is not None:
@@ -186,18 +190,23 @@ def iter_jacobian(
             raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
         chunk = size
     request = Request(_callable(model, output), tensors, indices, jacobian_choice(targets))
+    _note_list_of_targets(request, targets)
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
-    return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt))
+    return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt), progress)
 
 
-def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple: bool) -> Iterator[Any]:
+def _pieces(
+    request: Request, chunk: int | None, engine: Engine | None, as_tuple: bool, progress: bool | None
+) -> Iterator[Any]:
     route = decide(request, engine)
     seeds = request.resolve_seeds(request.samples, output_shape(request, route))
     if chunk is None:
         chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
     whole = solve(request, route) if chunk < request.samples and whole_batch_reason(request, route) else None
-    for start, stop in spans(0, request.samples, chunk):
+    with showing_progress(progress):  # only here: between the pieces, the caller's own calls may draw bars
+        pieces = spans(0, request.samples, chunk)
+    for start, stop in pieces:
         if whole is None:
             part = request.part(start, stop, None if request.seeds_key is not None else seeds)
             # Decide again: the caller may have changed the model since the last piece.
@@ -212,24 +221,45 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
 
 
 def prepare(
-    model: Model, inputs: Tensor | Several, targets: Targets = None, *, wrt: Wrt = None, output: Output = None
-) -> Prepared:
+    model: Model, inputs: Tensor | Several, targets: Targets = None, *, wrt: Wrt = None,
+    engine: Engine | None = None, output: Output = None,
+) -> Prepared:  # fmt: skip
     """Capture and verify the model now, with some of these samples, so that no later call has to.
 
     Returns a callable: ``jac(x)`` is ``jacobian(model, x, targets, wrt=wrt)`` for inputs of the same shapes, dtypes and
     devices, without the checks that take most of the time of a call of few samples.  It packs the weights at its first
-    call and does not notice any later change of the model: prepare it again after one.
+    call and, unlike `jacobian`, does not notice later changes of the model: call ``jac.update()`` after one.
     ``jac.program`` is what was captured, and ``str(jac)`` lists it.  If the model stays on autograd, a warning says
     why, and ``jac.program`` is None.  Then, and where autograd turns out to be faster, ``jac(x)`` is a call of
     `jacobian`.
 
-    ``targets`` as in `jacobian`, the same for all samples; ``wrt`` (by default all floating inputs) and ``output`` as
-    in `jacobian`.  `jacobian` itself uses the captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
+    ``targets`` as in `jacobian`, the same for all samples; ``wrt`` (by default all floating inputs), ``engine`` and
+    ``output`` as in `jacobian`.  The engine is chosen now: a later `use` has no effect on ``jac``.  Calls of `jacobian`
+    with other ``wrt`` and ``targets`` use the captured network too.
     """
     request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
-    verdict = ensure_captured(request, decide(request))
+    name = options.engine(engine)
+    verdict = None if name == "autograd" else ensure_captured(request, decide(request, name))
     program = None if verdict is None else verdict.program
-    return Prepared(request, program, _gives_tuple(inputs, wrt))
+    return Prepared(request, program, name, _gives_tuple(inputs, wrt))
+
+
+class Explanation(Protocol):
+    """What `explain` returns: a `Plan`, or the reason why autograd runs the whole model (then without steps).
+
+    ``str()`` gives the table.  ``steps`` are its rows, ``fused_share`` is the share of the dense multiply-adds that run
+    on kernels or on planned ATen calls with all seeds folded in, and ``native_share`` the share on gradkern's own
+    kernels.  ``timing`` compares the plan with autograd; None if they were not compared.
+    """
+
+    @property
+    def steps(self) -> Sequence[PlanStep]: ...
+    @property
+    def fused_share(self) -> float: ...
+    @property
+    def native_share(self) -> float: ...
+    @property
+    def timing(self) -> Timing | None: ...
 
 
 @dataclass(frozen=True)
@@ -247,20 +277,16 @@ class WholeModel:
         return f"{self.name}: autograd, the whole model. Why: {self.reason}.\nfused 0 %, own kernels 0 %"
 
 
-Explanation: TypeAlias = Plan | WholeModel
-
-
 def explain(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, wrt: Wrt = None,
     engine: Engine | None = None, output: Output = None, show: bool = True,
 ) -> Explanation:  # fmt: skip
     """Print, step by step, how `jacobian` runs this model, why it is not faster, and the share that is fused.
 
-    Returns the plan: ``str()`` of it is that table; ``.steps`` are its rows, ``.fused_share`` the share of the dense
-    multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` the share on
-    gradkern's own kernels.  With the engine ``"auto"``, ``.timing`` compares the plan with autograd on these samples;
-    calls take the faster way.  Captures the model if that has not been done.  ``wrt`` (by default all floating
-    inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
+    Returns what it prints as an `Explanation`: ``str()`` of it is the table, and its attributes are the numbers.  With
+    ``show=False`` nothing is printed.  With the engine ``"auto"``, the plan is compared with autograd on these samples;
+    calls take the faster of the two.  Captures the model if that has not been done.  ``wrt`` (by default all floating
+    inputs), ``engine`` and ``output`` as in `jacobian`.
     """
     with options.use(options.engine(engine)):
         request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
@@ -307,6 +333,18 @@ def _callable(model: object, output: Output) -> Callable[..., Any]:
 
 def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
     return isinstance(inputs, (tuple, list)) if wrt is None else not is_one_index(wrt)
+
+
+def _note_list_of_targets(request: Request, targets: object) -> None:
+    """Say once per model what a list of targets means if it is as long as the batch: Captum reads one per sample."""
+    if not isinstance(targets, list) or not len(targets) == request.samples > 1:
+        return
+    if all(isinstance(target, (int, tuple)) for target in targets):  # lists inside are of one sample each
+        state.warn(
+            request.fn,
+            f"targets: a list of {len(targets)} outputs is differentiated for each of the {request.samples} samples. "
+            "For one output per sample, as in Captum, pass a tensor [N, 1]: torch.as_tensor(targets)[:, None].",
+        )
 
 
 def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:

@@ -16,7 +16,7 @@ from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
 from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrap, with_output
-from .util.options import BadValue, Engine
+from .util.options import Engine
 from .util.outputs import Output
 from .util.random_state import RandomState
 
@@ -25,9 +25,12 @@ TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
 
 @dataclass(frozen=True)
 class Check:
-    """The error against autograd, per output: largest absolute difference, the same relative to the largest
-    gradient of that output, and the share of samples off by more than 1e-5 of their own largest gradient
-    (in float32 a unit within rounding of its kink gives such a sample: neither side is wrong)."""
+    """The error against autograd, per output.
+
+    ``absolute``: the largest difference.  ``relative``: the same, relative to the largest gradient of that output.
+    ``off_share``: the share of samples with a difference above 1e-5 of their own largest gradient.  In float32, a unit
+    whose input lies within rounding of its kink produces such a sample, and then neither result is wrong.
+    """
 
     against: str
     outputs: tuple[str, ...]
@@ -56,12 +59,14 @@ def check(
     model: Callable[..., Any], inputs: Tensor | api.Several, targets: Targets | TopK = None, *,
     wrt: api.Wrt = None, engine: Engine = "kernel", output: Output = None,
 ) -> Check:  # fmt: skip
-    """Compare the results of ``engine`` with autograd on a float64 copy.
+    """Compare the results of ``engine`` with autograd on a float64 copy of the model.
 
-    ``"kernel"`` gives the results of ``"auto"`` for a captured model.  ``targets``, ``wrt`` and ``output`` as in
-    `jacobian`.
-    Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
-    A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
+    All samples are compared; a few hundred are enough.  A model that cannot be copied, or run in float64, is compared
+    with autograd in its own dtype, and the table says so.
+
+    ``engine`` is ``"kernel"`` by default, unlike elsewhere: ``"auto"`` may choose autograd, and the comparison would
+    then test autograd against itself.  ``targets``, ``wrt`` and ``output`` as in `jacobian`.  Returns a `Check`, which
+    prints as a table.
     """
     tensors, indices = read_inputs(inputs, wrt)
     state = RandomState()
@@ -83,16 +88,15 @@ def _exact_request(
     exact = tuple(x.double() if x.is_floating_point() else x for x in tensors)
     try:
         twin = copy.deepcopy(unwrap(model))
-        module = model_of(twin)
-        if module is None:
-            raise BadValue("a callable that is no module")
-        with torch.no_grad(), buffers_kept(module.double()):
-            twin(*[x[:2].clone() for x in exact])
-        return Request(twin, exact, indices, jacobian_choice(targets)), "autograd in float64"
+        module, reason = model_of(twin), "a callable that is no module"
+        if module is not None:
+            with torch.no_grad(), buffers_kept(module.double()):
+                twin(*[x[:2].clone() for x in exact])
+            return Request(twin, exact, indices, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        dtype = tensors[indices[0]].dtype
-        return Request(model, tensors, indices, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
+    dtype = tensors[indices[0]].dtype
+    return Request(model, tensors, indices, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
 
 
 def _names(results: JacobianResult) -> list[str]:

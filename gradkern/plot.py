@@ -122,10 +122,10 @@ def matrix(attributions: Any, *, names: Sequence[str] | None = None, features: S
 
 
 def logo(attributions: Any, *, names: Sequence[str] | None = None, alphabet: str = "ACGT", start: int = 0) -> Figure:
-    """Sequence logos: the letters of every position, as tall as their attributions, below zero turned over.
+    """Sequence logos: the characters of every position, as tall as their attributions, upside down below zero.
 
-    ``attributions``: ``[C, letters, L]`` or ``[letters, L]``: gradient × input (one letter per position) or
-    hypothetical contributions (all of them).  ``alphabet``: the letters in the order of the channels.  ``start``: the
+    ``attributions``: ``[C, bases, L]`` or ``[bases, L]``: gradient × input (one base per position) or hypothetical
+    contributions (all bases).  ``alphabet``: the characters in the order of the channels.  ``start``: the
     coordinate of the first position.  Drawn by logomaker (Tareen & Kinney, Bioinformatics 2020).
     """
     try:

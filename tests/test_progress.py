@@ -73,3 +73,21 @@ def test_one_bar_for_loops_inside_loops_and_after_errors(monkeypatch) -> None:
                 raise ZeroDivisionError
         assert progress.is_drawn()
     assert not progress.is_drawn()
+
+
+def test_iter_jacobian_draws_one_bar_over_its_pieces(net, monkeypatch) -> None:
+    """The caller's own calls between the pieces may draw theirs."""
+    x = torch.randn(50, 6)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    pieces = []
+    for piece in gradkern.iter_jacobian(net, x, chunk=7, engine="autograd", progress=True):
+        assert progress._call.get() is None, "the choice is not the caller's between the pieces"
+        pieces.append(piece)
+    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert len(pieces) == 8
+    assert "50.0/50.0 samples" in said or " samples/s" in said
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    torch.testing.assert_close(
+        torch.cat(list(gradkern.iter_jacobian(net, x, chunk=7, progress=False))), torch.cat(pieces)
+    )
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]

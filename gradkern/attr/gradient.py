@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from ..dispatch.request import checked_wrt
 from ..dispatch.targets import TopK
 from ..util.options import Engine
 from ..util.outputs import Output
-from ..util.renamed import note
+from ..util.renamed import keyword_only, note
 from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all
+from .call import CallOptions
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
 from .points import Points, with_arguments
@@ -25,9 +26,11 @@ class GradientMethod(RowMethod):
 
     gradients = HooklessGradientFunc
 
+    @keyword_only("engine", "output")
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
+        *,
         engine: Engine | None = None,
         output: Output = None,
     ) -> None:
@@ -85,6 +88,7 @@ class Saliency(GradientMethod, stock.Saliency):
         additional_forward_args: Any = None,
         out: Any = None,
         wrt: Any = None,
+        **shared: Unpack[CallOptions],
     ) -> Any:
         """Saliency of every output (or of ``targets``, as `gradkern.jacobian` reads them): ``[N, C, *in]``.
 
@@ -114,6 +118,7 @@ class InputXGradient(GradientMethod, stock.InputXGradient):
         additional_forward_args: Any = None,
         out: Any = None,
         wrt: Any = None,
+        **shared: Unpack[CallOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self.attribute_by_jacobian(inputs, targets, additional_forward_args, out, wrt, {})

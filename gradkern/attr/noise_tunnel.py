@@ -268,7 +268,7 @@ class Noise:
             self.streams.append(_Stream(x.numel() * copies, stdev, x.device, generator))
 
     def of(self, block: RowBlock) -> tuple[Tensor, ...]:
-        """The noisy copies of a block, ``[R, *in]`` per input.  Blocks have to be asked for in their order."""
+        """The noisy copies of a block, ``[R, *in]`` per input.  Blocks have to be requested in order."""
         noisy = []
         for x, stream in zip(self.rows, self.streams, strict=True):
             copies = block.copies_of(x)

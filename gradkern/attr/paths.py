@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -13,15 +13,16 @@ from torch.utils import _pytree as pytree
 from ..dispatch.targets import Seeds, TopK
 from ..util.options import BadArgument, Engine, Unused, debugging
 from ..util.outputs import Output
+from ..util.renamed import keyword_only
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, check_distribution, points_for
-from .call import PublicMethod, as_instance_of
+from .call import PublicMethod, SharedOptions, as_instance_of
 from .captum_compat import stock
 from .captum_targets import captum_seeds
 from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, plug_into
 from .points import Points, path_sum
-from .references import check_letters, hypothetical, of_letters, per_sample
+from .references import check_hypothetical, hypothetical, of_bases, per_sample
 
 
 class IntegratedGradients(RowMethod, stock.IntegratedGradients):
@@ -32,10 +33,12 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     prefer logits, as the path saturates in probabilities.
     """
 
+    @keyword_only("engine", "output")
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
         multiply_by_inputs: bool = True,
+        *,
         engine: Engine | None = None,
         output: Output = None,
     ) -> None:
@@ -88,6 +91,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         method: str = "gausslegendre",
         internal_batch_size: int | None = None,
         return_convergence_delta: bool = False,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
@@ -142,23 +146,23 @@ def check_tensors(baselines: Any) -> Any:
 class RandomPoint(RowMethod, compat.InputBaselineXGradient):
     """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap.
 
-    ``letters``: the contributions of every letter instead (`gradkern.attr.references.hypothetical`).
+    ``hypothetical``: the contributions of every base instead (`gradkern.attr.references.hypothetical`).
     """
 
-    letters = False
+    hypothetical = False
 
     def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         with torch.no_grad():
             gradients = points.gradients(random_points(rows, baselines), points.more, index, seeds)
-            if self.letters:
-                return tuple(of_letters(g, b.unsqueeze(1), 2) for g, b in zip(gradients, baselines, strict=True))
+            if self.hypothetical:
+                return tuple(of_bases(g, b.unsqueeze(1), 2) for g, b in zip(gradients, baselines, strict=True))
         if self.multiplies_by_inputs:
             times_difference(gradients, rows, baselines)
         return gradients
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
-        if self.letters:  # the delta counts only the letters that are there
+        if self.hypothetical:  # the delta counts only the bases in the sequence
             parts = tuple(p * x.unsqueeze(1) for p, x in zip(parts, points.inputs, strict=True))
         return super()._row_delta(parts, points, seeds, options)
 
@@ -173,10 +177,10 @@ class RandomPoint(RowMethod, compat.InputBaselineXGradient):
         """One draw by Captum's own code."""
         captums = compat.unlogged(compat.InputBaselineXGradient)
         fixed = (target, additional_forward_args)
-        if not self.letters:
+        if not self.hypothetical:
             return captums(self, inputs, baselines, *fixed, return_convergence_delta)
         plain = as_instance_of(RandomPoint, self)
-        plain.letters, plain._multiply_by_inputs = False, False
+        plain.hypothetical, plain._multiply_by_inputs = False, False
         gradients = compat.format_tensor_into_tuples(captums(plain, inputs, baselines, *fixed))
         rows, start = compat.format_input_baseline(inputs, baselines)
         start = compat.tensorize_baseline(rows, start)
@@ -197,10 +201,12 @@ class GradientShap(PublicMethod, stock.GradientShap):
     logits: only they add up over features on the scale on which the classes compete.
     """
 
+    @keyword_only("engine", "output")
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
         multiply_by_inputs: bool = True,
+        *,
         engine: Engine | None = None,
         output: Output = None,
     ) -> None:
@@ -246,6 +252,7 @@ class GradientShap(PublicMethod, stock.GradientShap):
         hypothetical: bool = False,
         n_references: int = 20,
         random_state: int | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
@@ -255,8 +262,8 @@ class GradientShap(PublicMethod, stock.GradientShap):
         check_distribution(self, baselines)
         inner = self._inner()
         if hypothetical:
-            check_letters(compat.format_tensor_into_tuples(inputs), None)
-            inner.letters = True
+            check_hypothetical(compat.format_tensor_into_tuples(inputs), None)
+            inner.hypothetical = True
         tunnel = NoiseTunnel(inner)
         given = {"targets": targets, "additional_forward_args": additional_forward_args}
         given |= {"stdevs": stdevs, "return_convergence_delta": return_convergence_delta}

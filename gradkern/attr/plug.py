@@ -22,7 +22,8 @@ from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind, name_of, unwrap, with_output
 from ..util.options import BadArgument, BadType, Engine, Unused, debugging
 from ..util.outputs import OneOutput, Output, check_output_choice
-from .call import keep_buffers
+from ..util.renamed import keyword_only
+from .call import keep_buffers, parts_of
 from .captum_compat import compute_gradients, format_tensor_into_tuples, stock
 from .captum_targets import captum_seeds
 from .points import with_arguments
@@ -134,7 +135,8 @@ def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) 
             attribution.model = OneOutput(attribution.model, output)
 
 
-def accelerate(attribution: Any, engine: Engine | None = None) -> Any:
+@keyword_only("engine")
+def accelerate(attribution: Any, *, engine: Engine | None = None) -> Any:
     """Put gradkern under a stock Captum attribution object, and return the same object.
 
     ``accelerate(IntegratedGradients(model)).attribute(x, target=1)``: arguments and results stay Captum's.  An object
@@ -146,7 +148,7 @@ def accelerate(attribution: Any, engine: Engine | None = None) -> Any:
 
     inner = getattr(attribution, "attribution_method", None)
     if inner is not None:
-        accelerate(inner, engine)
+        accelerate(inner, engine=engine)
         attribution.__class__ = REPLACEMENTS.get(type(attribution), type(attribution))
         return attribution
     if not hasattr(attribution, "gradient_func"):
@@ -157,9 +159,8 @@ def accelerate(attribution: Any, engine: Engine | None = None) -> Any:
     kind = REPLACEMENTS.get(type(attribution), type(attribution))
     if kind in REPLACEMENTS.values():
         attribution.__class__ = kind
-        for part in ("grad_cam", "guided_backprop"):
-            if hasattr(attribution, part):
-                accelerate(getattr(attribution, part), engine)
+        for part in parts_of(attribution).values():
+            accelerate(part, engine=engine)
     elif isinstance(attribution, (stock.LayerAttribution, stock.NeuronAttribution)):
         state.warn(None, f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
     plug_into(attribution, getattr(kind, "gradients", GradientFunc)(engine))

@@ -2,7 +2,7 @@
 
 Captum's baselines are the same for all samples, or one for each.  A baseline with one more axis than its input is
 ``[N, R, *in]``: R references for each sample.  A function ``(inputs, n, random_state)`` draws them, with the signature
-of `tangermeme.ersatz`.  Its argument ``n`` tells it from a function of Captum, which takes at most the inputs.
+of `tangermeme.ersatz`.  Its argument ``n`` distinguishes it from a function for Captum, which takes at most the inputs.
 """
 
 from __future__ import annotations
@@ -135,26 +135,26 @@ def _check_references(result: Any, inputs: Tensors, n: int, a: int, b: int) -> T
 
 
 def hypothetical(multipliers: Tensors, inputs: Tensors, baselines: Tensors) -> Tensors:
-    """Contributions of every letter that could stand at each place of a one-hot sequence ``[N, letters, length]``.
+    """Hypothetical contributions to one-hot sequences ``[N, bases, length]``: of every base at every position.
 
-    The letter ``i`` would add ``m[i]`` in place of the reference's ``Σ_c m[c] ref[c]``, so its contribution is
+    Base ``i`` would add ``m[i]`` in place of the reference's ``Σ_c m[c] ref[c]``, so its contribution is
     ``m[i] - Σ_c m[c] ref[c]`` (Shrikumar et al., arXiv:1811.00416; tangermeme and ChromBPNet).  Times the one-hot
-    input, this is the contribution of the letter that is there.  Usable as Captum's ``custom_attribution_func``.
+    input, this is the contribution of the base in the sequence.  Usable as Captum's ``custom_attribution_func``.
     """
-    return tuple(of_letters(m, base, 1) for m, base in zip(multipliers, baselines, strict=True))
+    return tuple(of_bases(m, base, 1) for m, base in zip(multipliers, baselines, strict=True))
 
 
-def of_letters(multipliers: Tensor, base: Tensor, axis: int) -> Tensor:
-    """`hypothetical` for letters on ``axis``."""
-    return multipliers - (multipliers * base).sum(axis, keepdim=True)
+def of_bases(multipliers: Tensor, reference: Tensor, axis: int) -> Tensor:
+    """`hypothetical` for one tensor, with the bases on ``axis``."""
+    return multipliers - (multipliers * reference).sum(axis, keepdim=True)
 
 
-def check_letters(inputs: Tensors, custom: Any) -> None:
-    """Raise if contributions of letters are not defined for these arguments."""
+def check_hypothetical(inputs: Tensors, custom: Any) -> None:
+    """Raise `BadValue` if hypothetical contributions are not defined for these arguments."""
     if custom is not None:
         raise BadValue("hypothetical: got True together with custom_attribution_func; pass only one of them.")
     for x in inputs:
         if x.dim() < 3:
             raise BadValue(
-                f"hypothetical: got an input {list(x.shape)}, expected one-hot sequences [N, letters, length]."
+                f"hypothetical: got an input {list(x.shape)}, expected one-hot sequences [N, bases, length]."
             )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..data import Source
 
 Command = Callable[..., None]
-CASTS = ("float32", "float64")
+INPUT_DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SourceArguments:
 
     spec: str
     columns: str | None = None
-    cast: str | None = None
+    input_dtype: str | None = None
     pad: str | None = None
 
     def open(self) -> Source:
@@ -53,9 +53,9 @@ class SourceArguments:
         from ..data import open_source
 
         columns = tuple(self.columns.split(",")) if self.columns else None
-        if self.cast not in (None, *CASTS):
-            raise BadValue(f"cast: got {self.cast!r}, expected {' or '.join(CASTS)}.")
-        dtype = getattr(torch, self.cast) if self.cast else None
+        if self.input_dtype not in (None, *INPUT_DTYPES):
+            raise BadValue(f"input_dtype: got {self.input_dtype!r}, expected {' or '.join(INPUT_DTYPES)}.")
+        dtype = getattr(torch, self.input_dtype) if self.input_dtype else None
         return open_source(self.spec, columns, dtype, read_pad(self.pad))
 
 
@@ -71,7 +71,7 @@ def read_pad(text: str | None) -> float | tuple[float, int] | None:
 
 
 def read_names(text: str | None) -> list[str] | None:
-    """Names with commas between, or those in a ``.txt`` file, one a line."""
+    """Names separated by commas, or those in a ``.txt`` file, one per line."""
     if text is None:
         return None
     if text.endswith(".txt"):
@@ -80,7 +80,7 @@ def read_names(text: str | None) -> list[str] | None:
 
 
 def read_ids(spec: str | None) -> Any:
-    """Names of samples from a ``.txt`` file with one a line, an ``.npy``, or a column, ``table.csv:name``."""
+    """Names of samples from a ``.txt`` file with one per line, an ``.npy``, or a column, ``table.csv:name``."""
     if spec is None:
         return None
     path = Path(spec).expanduser()
@@ -112,6 +112,12 @@ def recorded(made_by: Mapping[str, object], name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def source_of_the_run(spec: str, made_by: Mapping[str, object]) -> SourceArguments:
+    """The source ``spec``, read with the options that a store says its run was given."""
+    dtype = recorded(made_by, "input_dtype") or recorded(made_by, "cast")  # its name in stores of earlier versions
+    return SourceArguments(spec, recorded(made_by, "columns"), dtype)
+
+
 def as_in_the_run(given: Mapping[str, str | None], made_by: Mapping[str, object]) -> str:
     """The options of the run that are not ``given``, as one would type them."""
     missing = {name: recorded(made_by, name) for name, value in given.items() if value is None}
@@ -120,7 +126,7 @@ def as_in_the_run(given: Mapping[str, str | None], made_by: Mapping[str, object]
 
 allow_pickle = click.option(
     "--allow-pickle", is_flag=True,
-    help="Load a pickled module. WARNING: a pickle can run any code; only for files whose origin you trust.",
+    help="Load a pickled module. WARNING: a pickle can run any code; use it only for files that you trust.",
 )  # fmt: skip
 
 
@@ -129,23 +135,25 @@ def model_and_source(command: Command) -> Command:
 
     @functools.wraps(command)
     def gathered(
-        model: str, weights: str | None, allow_pickle: bool, source: str, columns: str | None, cast: str | None,
-        pad: str | None, **rest: Any,
+        model: str, weights: str | None, allow_pickle: bool, source: str, columns: str | None,
+        input_dtype: str | None, pad: str | None, **rest: Any,
     ) -> None:  # fmt: skip
         command(
             model=ModelArguments(model, weights, allow_pickle),
-            samples=SourceArguments(source, columns, cast, pad),
+            samples=SourceArguments(source, columns, input_dtype, pad),
             **rest,
         )
 
     for option in (
         click.option(
+            "--input-dtype",
             "--cast",
-            type=click.Choice(CASTS),
-            help="Cast the inputs to it: other floating numbers, bytes, whole numbers, booleans.",
+            "input_dtype",
+            type=click.Choice(INPUT_DTYPES),
+            help="The dtype to cast inputs to, whether they are floating numbers, integers, bytes or booleans.",
         ),
         click.option("--pad", help="Pad samples of different lengths with this number; 0:500 to the length 500."),
-        click.option("--columns", help="Names of the model's inputs in the source, with commas between."),
+        click.option("--columns", help="Names of the model's inputs in the source, separated by commas."),
         allow_pickle,
         click.option("--weights", help="Weights for a factory: .safetensors, or a state_dict."),
         click.argument("source"),
@@ -166,7 +174,7 @@ class TargetsType(click.ParamType):
         try:
             return TopK(int(value[3:])) if value.startswith("top") else [int(part) for part in value.split(",")]
         except ValueError:
-            self.fail(f"got {value!r}, expected numbers with commas between, or top3", param, ctx)
+            self.fail(f"got {value!r}, expected numbers separated by commas, or top3", param, ctx)
 
 
 class WindowsType(click.ParamType):
@@ -207,7 +215,7 @@ output = click.option(
     "--output", type=OutputType(), help="Of a model that returns several tensors: the index or name of one."
 )
 
-dry_run = click.option("--dry-run", is_flag=True, help="Only say what it would take: samples, bytes, memory, time.")
+dry_run = click.option("--dry-run", is_flag=True, help="Only print an estimate: samples, bytes, memory, time.")
 
 
 def of_plan(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,16 +235,18 @@ def run_options(command: Command) -> Command:
             help="Samples with NaN or Inf: stop (the default with statistics), leave them out of these, or keep them.",
         ),
         click.option(
-            "--trust-source", is_flag=True, help="Do not check that the samples are those of finished chunks."
+            "--trust-source", is_flag=True, help="Do not check whether samples of finished chunks have changed."
         ),
         click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),
         output,
         click.option(
             "--names",
             callback=lambda *given: read_names(given[-1]),
-            help="Names of the model's outputs: with commas between, or a .txt file with one a line.",
+            help="Names of the model's outputs, separated by commas, or a .txt file with one per line.",
         ),
-        click.option("--progress/--no-progress", default=None, help="A bar; by default in a terminal only."),
+        click.option(
+            "--progress/--no-progress", default=None, help="Show a progress bar; by default in a terminal only."
+        ),
     ):
         command = option(command)
     return command

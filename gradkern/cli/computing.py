@@ -22,30 +22,29 @@ if TYPE_CHECKING:
 @choices.run_options
 @click.option("--method", help="saliency (the default), jacobian, input_x_gradient, or a class of gradkern.attr.")
 @click.option(
-    "--reduce", "reductions",
-    help="Statistics: mean_abs, mean, variance, max_abs, ranks, importance; with commas between.",
+    "--reductions", "--reduce", "reductions",
+    help="Statistics, separated by commas: mean_abs, mean, variance, max_abs, ranks, importance.",
 )  # fmt: skip
-@click.option("--no-maps", is_flag=True, help="Store the statistics only.")
+@click.option("--maps/--no-maps", default=True, help="Store the maps, or the statistics only.")
 @click.option("--top-features", type=click.IntRange(1), help="Per sample, the k largest features.")
 @click.option("--dtype", type=click.Choice(["float32", "float64", "float16", "bfloat16"]), help="Default: float32.")
 @click.option("--compression", help="none (the default), zstd, blosc; a level: zstd:3.")
 @click.option(
-    "--references", help="Per sample: dinucleotide-shuffle, shuffle, or module:function (inputs, n, random_state)."
-)
+    "--baselines", "--references", "baselines",
+    help="References per sample: dinucleotide-shuffle, shuffle, or module:function (inputs, n, random_state).",
+)  # fmt: skip
 @click.option("--n-references", type=click.IntRange(1), help="References per sample; 20 by default.")
-@click.option(
-    "--random-state", type=click.IntRange(0), help="Seed of the references, which are drawn sample by sample."
-)
-@click.option("--hypothetical", is_flag=True, help="Contributions of every letter that could stand in a sequence.")
+@click.option("--random-state", type=click.IntRange(0), help="Seed for drawing the references.")
+@click.option("--hypothetical", is_flag=True, help="Contributions of every base at every position.")
 @click.option("--windows", type=choices.WindowsType(), help="Sums over these positions of the output as targets.")
 @click.option("--shard", type=choices.ShardType(), default="0/1", help="Only this part of the chunks, for job arrays.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing.")
-@click.option("--ids", help="Names of the samples: a .txt file with one a line, .npy, or table.csv:column.")
+@click.option("--ids", help="Names of the samples: a .txt file with one per line, .npy, or table.csv:column.")
 @choices.dry_run
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def run(
-    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, ids: str | None,
-    dry_run: bool, quiet: bool, references: str | None, n_references: int | None, random_state: int | None,
+    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, ids: str | None, dry_run: bool,
+    quiet: bool, baselines: str | None, n_references: int | None, random_state: int | None,
     hypothetical: bool, windows: list[tuple[int, int]] | None, **options: Any,
 ) -> None:  # fmt: skip
     """Attribute every sample of SOURCE; results go to the zarr store OUT.
@@ -54,24 +53,23 @@ def run(
 
     \b
     gradkern run net.pt2 x.npy maps.zarr
-    gradkern run net.pt2 x.npy maps.zarr --reduce mean_abs,importance --dtype float16 --compression zstd
-    gradkern run nets:build --weights net.safetensors data.h5:test/x stats.zarr --reduce importance --no-maps
+    gradkern run net.pt2 x.npy maps.zarr --reductions mean_abs,importance --dtype float16 --compression zstd
+    gradkern run nets:build --weights net.safetensors data.h5:test/x stats.zarr --reductions importance --no-maps
     gradkern run net.pt2 x.npy maps.zarr --shard $SLURM_ARRAY_TASK_ID/16
     gradkern run net.pt2 x.npy maps.zarr --dry-run
-    gradkern run net.pt2 onehot.npy maps.zarr --method deep_lift_shap --references dinucleotide-shuffle --hypothetical
+    gradkern run net.pt2 onehot.npy maps.zarr --method deep_lift_shap --baselines dinucleotide-shuffle --hypothetical
     """
     import gradkern
     from gradkern.data import plan
 
     begin = time.perf_counter()
-    given = {"baselines": references, "n_references": n_references, "random_state": random_state}
+    given = {"baselines": baselines, "n_references": n_references, "random_state": random_state}
     given["hypothetical"] = hypothetical or None
     options["arguments"] = {name: value for name, value in given.items() if value is not None}
     if windows:
         options["output"] = gradkern.Sums(windows, options["output"])
     options |= {
         "ids": choices.read_ids(ids),
-        "maps": not no_maps,
         "reductions": reductions.split(",") if reductions else (),
     }
     if dry_run:
@@ -81,33 +79,34 @@ def run(
         warnings.simplefilter("ignore")
         options["progress"] = False
     made_by = {"model": model.spec, "weights": model.weights}
-    made_by |= {"source": samples.spec, "columns": samples.columns, "cast": samples.cast, "pad": samples.pad}
+    made_by |= {"source": samples.spec, "columns": samples.columns, "input_dtype": samples.input_dtype}
+    made_by["pad"] = samples.pad
     results = gradkern.run(
         model.load(), samples.open(), out, made_by=made_by, **options,
     )  # fmt: skip
     if quiet:
         return
-    state = "complete" if results.about["finished"] else f"{results.done} of {results.chunks} chunks finished"
+    state = "complete" if results.finished else f"{results.finished_chunks} of {results.chunks} chunks finished"
     say(f"{out}: {state}, {results.samples:,} samples, {time.perf_counter() - begin:.1f} s")
     _say_notes(out, results)
 
 
 def _say_notes(out: str, results: Results) -> None:
-    for note in results.about.get("notes", []):
-        say(f"{out}: equal within {results.about['tolerance']:.0e}, not to the last bit: {note}")
+    for note in results.notes:
+        say(f"{out}: equal within {results.tolerance:.0e}, not to the last bit: {note}")
 
 
 @click.command()
 @choices.model_and_source
 @choices.run_options
-@click.option("--out", help="Keep the run in this store (it then resumes).")
+@click.option("--out", help="Keep the run in this store, so that it can be resumed.")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Features per output.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @choices.dry_run
 def importance(
     model: ModelArguments, samples: SourceArguments, top: int, as_json: bool, dry_run: bool, **options: Any
 ) -> None:
-    """Rank the features of SOURCE by their effect on each output; no map is stored.
+    """Rank the features of SOURCE by their effect on each output, without storing maps.
 
     \b
     gradkern importance net.pt2 x.npy
@@ -151,7 +150,7 @@ def merge(out: str, parts: tuple[str, ...]) -> None:
 
     \b
     gradkern merge maps.zarr                          shards that wrote to one store
-    gradkern merge part0.zarr part1.zarr part2.zarr   shards that wrote to stores of their own
+    gradkern merge part0.zarr part1.zarr part2.zarr   shards that wrote to separate stores
     """
     from gradkern.data import merge
 

@@ -15,9 +15,9 @@ from .terminal import say
 @click.argument("store")
 @click.argument("source")
 @click.argument("folder")
-@click.option("--columns", help="Names of the model's inputs in the source, with commas between.")
+@click.option("--columns", help="Names of the model's inputs in the source, separated by commas.")
 @click.option(
-    "--target", type=click.IntRange(0), default=0, show_default=True, help="The place among the run's targets."
+    "--target", type=click.IntRange(0), default=0, show_default=True, help="The position among the run's targets."
 )
 @click.option(
     "--names",
@@ -28,7 +28,7 @@ def export(store: str, source: str, folder: str, columns: str | None, target: in
     """Write STORE's hypothetical contributions and SOURCE's one-hot sequences for TF-MoDISco to FOLDER.
 
     \b
-    gradkern run net.pt2 onehot.npy maps.zarr --method deep_lift_shap --references dinucleotide-shuffle \\
+    gradkern run net.pt2 onehot.npy maps.zarr --method deep_lift_shap --baselines dinucleotide-shuffle \\
         --hypothetical --ids regions.txt
     gradkern export maps.zarr onehot.npy modisco
     modisco motifs -s modisco/sequences.npz -a modisco/contributions.npz -n 20000 -o motifs.h5
@@ -37,7 +37,7 @@ def export(store: str, source: str, folder: str, columns: str | None, target: in
 
     listed = None if names is None else Path(names).read_text().splitlines()
     try:
-        paths = to_modisco(store, SourceArguments(source, columns).open(), folder, output=target, names=listed)
+        paths = to_modisco(store, SourceArguments(source, columns).open(), folder, target=target, names=listed)
     except OSError as error:
         raise BadValue(f"folder: {folder} cannot be written: {error}") from error
     for path in paths:

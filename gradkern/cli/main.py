@@ -1,8 +1,8 @@
 """The command line: ``gradkern run | importance | explain | report | bench | merge | verify | info``.
 
-Exit codes: 0 done; 1 something failed; 2 the command line does not fit; 3 the store belongs to another run; 4 the
-disk is full (what is finished is kept); 5 the store is damaged; 6 another run is at work on it; 130 interrupted (what
-is finished is kept).
+Exit codes: 0 success; 1 failure; 2 invalid command line; 3 the store belongs to another run; 4 the disk is full
+(finished chunks are kept); 5 the store is damaged; 6 another run is using it; 130 interrupted (finished chunks are
+kept).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("gradkern: interrupted; what is finished is kept", err=True)
+            click.echo("gradkern: interrupted; finished chunks are kept", err=True)
             context.exit(INTERRUPTED)
         except BrokenPipeError:  # `| head` has seen enough: click ends quietly
             raise
@@ -55,20 +55,22 @@ def _code(error: Exception) -> int:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Tracebacks in place of one line.")
+@click.option("--debug", is_flag=True, help="Show tracebacks instead of one line.")
 @click.option("--log", type=click.Choice(["quiet", "info"]), default="quiet", help="Structured log lines on stderr.")
-@click.option("--threads", type=click.IntRange(1), help="Threads for computing (a store that is there pins its own).")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads for computing (an existing store keeps its own number)."
+)
 @click.version_option(package_name="gradkern")
 def main(debug: bool, log: str, threads: int | None) -> None:
     """All-class input gradients of PyTorch networks, over whole data sets.
 
     \b
-    A MODEL is  net.pt2                        from torch.export.save, with a free batch axis
+    A MODEL is  net.pt2                        from torch.export.save, with a dynamic batch axis
             or  package.module:factory         with --weights net.safetensors (or a state_dict)
     A SOURCE is x.npy, x.npz:name, x.pt, x.safetensors:name, x.zarr:name, x.h5:name, x.parquet:column or x.csv
 
     \b
-    gradkern run net.pt2 x.npy maps.zarr --reduce importance    maps and statistics, continued after a kill
+    gradkern run net.pt2 x.npy maps.zarr --reductions importance    maps and statistics, continued after a kill
     gradkern report maps.zarr                                   one HTML file
     gradkern importance net.pt2 x.npy                           features, ranked
     gradkern run --help                                         more examples

@@ -187,7 +187,7 @@ def load_weights(model: nn.Module, path: str) -> set[str]:
     missing, more = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     raise BadValue(
         f"--weights: {path} does not fit the model: it lacks {missing[:3] or 'nothing'}, and has "
-        f"{more[:3] or 'nothing'} beside."
+        f"{more[:3] or 'nothing'} in addition."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -40,7 +40,7 @@ def explain(model: ModelArguments, samples: SourceArguments, output: int | str |
 
 @click.command()
 @click.argument("store")
-@click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default beside the store.")
+@click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default next to the store.")
 @click.option("--names", help="Names of the outputs: with commas between, or a .txt file. Default: the store's.")
 @click.option("--title", help="Title of the page.")
 @click.option("--model", help="The run's model: adds the deletion and insertion curves.")
@@ -68,14 +68,7 @@ def report(
         raise click.UsageError("--weights belong to a --model, which is not given")
     results = open_store(store)
     made_by = results.about.get("made_by", {})
-    rows = (
-        as_padded(
-            SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast")).open(),
-            None, None, results,
-        )
-        if source
-        else None
-    )  # fmt: skip
+    rows = as_padded(choices.source_of_the_run(source, made_by).open(), None, None, results) if source else None
     net = ModelArguments(model, weights, allow_pickle).load() if model else None
     _check_same(results, net, rows)
     path = report(
@@ -89,7 +82,7 @@ def report(
 
 
 def _beside(store: str) -> Path:
-    """The page beside a store, in the current folder if the store is not on this machine; never through a link that
+    """The page next to a store, in the current folder if the store is not on this machine; never through a link that
     came with the store."""
     from gradkern.util.untrusted import local_path
 
@@ -130,10 +123,10 @@ def info(store: str, as_json: bool) -> None:
     results = open_store(store)
     about = results.about
     if as_json:
-        say(as_json_text({**about, "finished_chunks": results.done, "chunks": results.chunks}))
+        say(as_json_text({**about, "finished_chunks": results.finished_chunks, "chunks": results.chunks}))
         return
-    say(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
-    for part in (*about["fingerprint"].values(), about["pinned"]):
+    say(f"{store}: {results.finished_chunks} of {results.chunks} chunks of {results.chunk:,} samples finished")
+    for part in cast(list[dict[str, object]], [*about["fingerprint"].values(), about["pinned"]]):
         for key, value in part.items():
             say(f"  {line(key):<14} {line(value)}")
     for name, array in results.group.arrays():
@@ -141,8 +134,8 @@ def info(store: str, as_json: bool) -> None:
         say(f"  {line(name):<14} {'×'.join(map(str, array.shape))} {kind}")
     if results.names is not None:
         say(f"  {'outputs':<14} {line(', '.join(results.names))}")
-    if about["finished"]:
-        exact = "bit-equal to an uninterrupted run" if about["exact"] else line("; ".join(about["notes"]))
+    if results.finished:
+        exact = "bit-equal to an uninterrupted run" if results.exact else line("; ".join(results.notes))
         short = len(results.short_files())
         say(f"  damaged: {short} files are missing or have another size" if short else f"  complete, {exact}")
         say(f"  (gradkern verify {store} compares everything with its checksums)")

@@ -28,7 +28,7 @@ def line(text: object) -> str:
 
 
 def as_json_text(value: Any) -> str:
-    """JSON as its specification has it: what is not finite is null."""
+    """JSON according to its specification: NaN and Inf become null."""
 
     def strict(v: Any) -> Any:
         if isinstance(v, dict):

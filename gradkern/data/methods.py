@@ -7,7 +7,6 @@ come from `gradkern.attr`: any class there with ``attribute_all`` can be named.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,7 +79,7 @@ def register_method(name: str) -> Callable[[Method], Method]:
 
 
 def find(name: str, arguments: Mapping[str, Any]) -> Method:
-    """The method of that name, after its arguments were checked as far as possible."""
+    """The method of that name, once its arguments have been checked as far as possible."""
     if name in METHODS:
         if arguments:
             raise BadValue(f"arguments: got {dict(arguments)} for method={name!r}, which takes none.")
@@ -130,7 +129,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
     if arguments.get("additional_forward_args") is not None:
         raise BadValue(
             "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
-            "arguments as further inputs, with source=(x, more), and what is the same for all samples with the model."
+            "arguments as further inputs, source=(x, more), and put what all samples share into the model."
         )
     for name, value in arguments.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -156,7 +155,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
             if len(v) not in (1, samples):
                 raise BadValue(
                     f"arguments: {at} has {len(v)} rows for {samples} samples, expected one for each, or one for all. "
-                    "(What is the same for all samples and has other axes belongs into the model, as a buffer.)"
+                    "(A tensor with other axes that all samples share can be a buffer of the model.)"
                 )
             own = 1 if _has_own_references(v, k, inputs) else 0
             if name == "baselines" and k < len(inputs) and v.shape[1 + own :] != inputs[k].shape[1:]:
@@ -290,11 +289,10 @@ def _seeded(first: int) -> Iterator[None]:
 
 
 def flat_indices(indices: Tensor, out: tuple[int, ...]) -> Tensor:
-    """Indices of outputs of shape ``out``, ``[N, S]`` or (of several axes) ``[N, S, axes]``, row-major ``[N, S]``."""
+    """Indices of outputs of shape ``out``, ``[N, S]`` or (of several axes) ``[N, S, axes]``, as flat ``[N, S]``."""
     if len(out) < 2:
         return indices
-    strides = torch.tensor([math.prod(out[i + 1 :]) for i in range(len(out))], device=indices.device)
-    return (indices * strides).sum(-1)
+    return torch.from_numpy(np.ravel_multi_index(tuple(indices.movedim(-1, 0).cpu().numpy()), out))
 
 
 class FromCaptum:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..util.buffers import buffers_kept
 from ..util.options import BadValue
 from ..util.outputs import OneOutput, Output
+from ..util.samples import spread_indices
 from . import statistics
 from .runs.forecast import Forecast
 from .runs.planning import plan
@@ -140,17 +141,17 @@ def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
 
 
 def importance(
-    model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
+    model: nn.Module, source: Any, out: str | Path | None = None, targets: Any = None, *, columns: Any = None,
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
     progress: bool | None = None, output: Output = None, pad: Pad | None = None,
     names: Sequence[str] | None = None, **options: Unpack[CommonOptions],
 ) -> Importance:  # fmt: skip
     """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
-    ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing is kept.  ``level`` and
-    ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
-    (0: no curves).  ``names`` are those of the model's outputs, or of the targets.  ``pad``, ``output`` (of a model
-    that returns several) and ``options`` go to `gradkern.run`.
+    ``out``: the store of the run, which can then be resumed like that of `gradkern.run`; without it, nothing is kept.
+    ``targets`` as in `gradkern.jacobian`.  ``level`` and ``draws``: of the bootstrap intervals.  ``curve_samples``: the
+    number of samples for the deletion and insertion curves (0: no curves).  ``names``: of the model's outputs, or of
+    the targets.  The other arguments, and ``options``, go to `gradkern.run`.
 
     Memory is bounded: if the statistics of all outputs would take more than 64 MiB, the outputs are divided into parts,
     each with its own pass over the data.  (With ``out``, or targets that differ by sample, there is one pass.)
@@ -174,7 +175,7 @@ def importance(
 
 
 def plan_importance(
-    model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
+    model: nn.Module, source: Any, out: str | Path | None = None, targets: Any = None, *, columns: Any = None,
     input_dtype: torch.dtype | None = None, output: Output = None, pad: Pad | None = None,
     names: Sequence[str] | None = None, **options: Unpack[CommonOptions],
 ) -> Forecast:  # fmt: skip
@@ -196,13 +197,13 @@ def _ranked_source(
     """The source, after a check that it has samples and one input to rank the features of."""
     rows = open_source(source, columns, input_dtype, pad).for_model(model)
     if rows.samples < 2:
-        raise BadValue("importance: got one sample, expected several: a feature counts by its spread over the samples.")
+        raise BadValue("importance: got one sample, expected several: a score needs the feature's standard deviation.")
     floating = sum(x.is_floating_point() for x in rows.read(0, 1))
     if floating != 1:
         raise BadValue(
             f"importance: the source has {floating} floating inputs, expected one, whose features are ranked. With "
             "several use gradkern.run(..., reductions=['importance']), which keeps a score for each; whole numbers "
-            "become floating with input_dtype=torch.float32 (--cast float32)."
+            "become floating with input_dtype=torch.float32 (--input-dtype float32)."
         )
     return rows
 
@@ -241,14 +242,16 @@ def of_results(
     draws: int = 200, curve_samples: int = 256,
 ) -> Importance:  # fmt: skip
     """The importance in a finished store that was made with the reduction ``"importance"``."""
-    if "importance" not in results.about["reductions"]:
+    if "importance" not in results.reductions:
         raise BadValue(f"{results.place} was made without the reduction 'importance'.")
-    if len(results.about["inputs"]) != 1:
-        raise BadValue(f"importance: the model has {len(results.about['inputs'])} floating inputs, expected one.")
+    if len(results.inputs) != 1:
+        raise BadValue(f"importance: the model has {len(results.inputs)} floating inputs, expected one.")
     total = results.ledger.total()
     if total is None:
-        raise BadValue(f"{results.place}: {results.done} of {results.chunks} chunks are finished, expected all.")
-    name = results.about["inputs"][0]
+        raise BadValue(
+            f"{results.place}: {results.finished_chunks} of {results.chunks} chunks are finished, expected all."
+        )
+    name = results.inputs[0]
     if not total.sums[f"{name}/count_group_inputs"].any():
         raise BadValue(f"importance: none of the {results.samples} samples is finite, so there is nothing to rank.")
     sums = {k.removeprefix(name + "/"): v for k, v in total.sums.items()}
@@ -332,8 +335,7 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
     The features are those of the only floating input; other inputs stay as they are.  Samples that are not finite, or
     whose outputs are not, are left out; None if all are, or the mean is not.
     """
-    samples_read = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
-    parts = [source.read(int(i), int(i) + 1) for i in samples_read]
+    parts = [source.read(i, i + 1) for i in spread_indices(source.samples, samples)]
     device = device_of(model)
     inputs = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
     which = [i for i, t in enumerate(inputs) if t.is_floating_point()]

@@ -75,7 +75,7 @@ class FillChunks:
     def __init__(self, model_and_source: Any, out: str, settings: Settings) -> None:
         import ray
 
-        if not Results.exists(out):  # a machine that has joined the cluster since its machines were asked
+        if not Results.exists(out):  # a machine that has joined the cluster after the check
             raise BadValue(f"out: {socket.gethostname()} does not see {out}. Choose a place that all machines share.")
         model, source = ray.get(model_and_source)
         self.task = open_run(model, source, out, settings)
@@ -132,8 +132,8 @@ def run_on_ray(
     done.materialize()
     if not task.results.complete():
         raise RuntimeError(
-            f"{place}: {task.results.done} of {task.results.chunks} chunks are finished, though all workers have "
-            "ended. Run the same again to continue."
+            f"{place}: {task.results.finished_chunks} of {task.results.chunks} chunks are finished, though all "
+            "workers have ended. Run the same again to continue."
         )
     return Results.open(place)
 
@@ -174,7 +174,7 @@ def check_shared(place: str) -> None:
 
 
 def sees(place: str, mine: str, answer: str) -> bool:
-    """On a worker: whether it sees the driver's key at this place, which may be another place here, and can write."""
+    """On a worker: whether it sees the driver's key at this place (on the same file system), and can write there."""
     try:
         path = local_path(place)
         if path is not None and not path.is_dir():

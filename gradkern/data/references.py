@@ -20,7 +20,7 @@ N_REFERENCES = 20
 
 
 def _shuffle(name: str) -> Draw:
-    """A shuffle of tangermeme that leaves unknown letters (all zeros) where they are."""
+    """A shuffle of tangermeme that leaves unknown bases (all zeros) where they are."""
     try:
         from tangermeme import ersatz
     except ImportError as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ir.program import Program, Shape
 from ..runtime.whole_chain import whole_chain
-from ..util.options import BadType, BadValue, engine
+from ..util.options import BadType, BadValue, Engine
 from . import batching
 from .request import Request
 from .route import VERIFY_SAMPLES, decide, solve, timing
@@ -20,15 +20,15 @@ from .targets import Seeds, TopSeeds
 class Prepared:
     """The callable that `gradkern.prepare` returns: ``jac(x)`` is `gradkern.jacobian` for one choice of targets.
 
-    The weights are packed at the first call, and no later change of the model (weights, mode, code) is noticed: prepare
-    it again after one.  ``program`` is the captured network, and ``str()`` of this object lists it; it is None for a
+    The weights are packed at the first call.  Later changes of the model (weights, mode, code) are not noticed: call
+    `update` after one.  ``program`` is the captured network, and ``str()`` of this object lists it; it is None for a
     model that stays on autograd.  For such a model, and where autograd turned out to be faster, a call is a call of
     `jacobian`.
     """
 
-    def __init__(self, request: Request, program: Program | None, as_tuple: bool) -> None:
+    def __init__(self, request: Request, program: Program | None, engine: Engine, as_tuple: bool) -> None:
         self.program = program
-        self._request, self._as_tuple = request, as_tuple
+        self._request, self._engine, self._as_tuple = request, engine, as_tuple
         if program is not None:
             shared_seeds(request, program.output_shape)  # raises if they differ by sample
         self._like = [(x.shape[1:], x.dtype, x.device) for x in request.inputs]
@@ -36,6 +36,14 @@ class Prepared:
 
     def __str__(self) -> str:
         return str(self.program) if self.program else "autograd, the whole model"
+
+    def update(self) -> Prepared:
+        """Take the model as it is now; returns this object.
+
+        The next call packs the weights again, and captures the network again if more than its weights has changed.
+        """
+        self._run = None
+        return self
 
     def __call__(self, inputs: Tensor | Sequence[Tensor]) -> Any:
         """``[N, *axes, *in]`` for samples like those it was prepared with (a tuple of them for a tuple of inputs).
@@ -77,7 +85,7 @@ class Prepared:
         """The rest of a call, with the network as it is now."""
         fn, wrt, resolve_seeds = self._request.fn, self._request.wrt, self._request.resolve_seeds
         request = Request(fn, given, wrt, resolve_seeds)
-        if self.program is None or engine() == "autograd":
+        if self.program is None or self._engine in ("autograd", "reference"):
             return self._live
         route = decide(request, "kernel")
         if route.eager_reason is None:
@@ -91,22 +99,24 @@ class Prepared:
         if whole is not None:
             packed = whole.packed(route.tensors)
         if whole is None or packed is None:
-            if not self._kernels_win(request):
+            if self._engine == "auto" and not self._kernels_win(request):
                 return self._live
             tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
-            return lambda inputs: batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, "auto").shaped
+            return lambda inputs: (
+                batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, self._engine).shaped
+            )
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 
     def _kernels_win(self, request: Request) -> bool:
         """Whether kernels are faster for calls like this one.  One chain always is, without the overhead of a call."""
-        measured = timing(request, decide(request))
+        measured = timing(request, decide(request, self._engine))
         return measured is None or measured.way == "kernels"
 
     def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A call of `jacobian`, which looks at the model again."""
         request = Request(self._request.fn, inputs, self._request.wrt, self._request.resolve_seeds)
-        results = solve(request, decide(request))
+        results = solve(request, decide(request, self._engine))
         require_shared_seeds(results.seeds)
         return tuple(results.shaped)
 

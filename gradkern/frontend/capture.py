@@ -204,7 +204,7 @@ def _evaluating_reader(graph: GuardedGraph) -> Reader:
 
 
 def _rerunning_reader(graph: GuardedGraph, code: types.CodeType) -> Reader:
-    """Reads the tensors by running Dynamo's code, which passes them to `_Backend`; slower, but it has no exceptions."""
+    """Reads the tensors by running Dynamo's code, which passes them to `_Backend`; slower, but covers every case."""
 
     def read(local: dict[str, Any], shared: dict[str, Any]) -> dict[str, Tensor]:
         _, arguments = types.FunctionType(code, shared)(**local)
@@ -244,7 +244,7 @@ class _Backend:
             values = [guard.value for guard in guards if guard.has_value]
             owners = {value if isinstance(value, type) else type(value) for value in values}
             graph.methods = tuple(m for owner in owners for m in _methods(owner, read))
-        # What autograd does with the tensors that it saves is nothing to a graph, and takes Python code to check.
+        # A graph does not depend on hooks for the tensors that autograd saves, and checking them takes Python code.
         return [guard.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS" for guard in guards]
 
 

@@ -74,7 +74,7 @@ def _keeper(result: fx.Node) -> str:
 def _refusal(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         name = node.target.name()
-        return _CUSTOM.get(name, f"it uses {name}, which has a backward of its own")
+        return _CUSTOM.get(name, f"it uses {name}, which defines its own backward")
     where = getattr(node.target, "__module__", None) or ""
     if node.op == "call_function" and "functorch" in where:
         return "it differentiates or maps a function inside of its forward (torch.func)"

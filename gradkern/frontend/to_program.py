@@ -76,7 +76,7 @@ class _GraphLowering:
                 self._place(node)
                 self.known[node] = self._lower(node)
             elif node.op == "get_attr" and node in wanted:
-                raise NoProgram("it contains a sub-graph of its own (control flow or a saved context)")
+                raise NoProgram("it contains a nested graph (control flow or a saved context)")
         result = self._argument(output)
         if not isinstance(result, Value):
             raise NoProgram("its output does not have the samples as axis 0", mixes=bool(values_in(result)))

@@ -137,7 +137,7 @@ def _compare(
         what = allowed.differing_part(ours, live)
         if what is not None:
             custom = custom_backward(fn, samples)
-            cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
+            cause = f" ({custom} defines its own backward)" if custom and what == "gradient" else ""
             return NoProgram(f"its {what} is not what torch.export makes of it{cause}", final=what == "output")
     return frozenset(i for i, g in together_live[1].items() if g is None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,35 +14,39 @@ from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
 from ..data.statistics import finite_rows
 from ..util.outputs import OneOutput
+from ..util.renamed import renamed_argument
+from ..util.samples import spread_indices
+from ..util.text import shorten
 from ..util.untrusted import plain
 from . import datafigures, figures, findings
 from .page import Report, Section
 
 TOP = 10
 SHOWN_CLASSES = 6
-LONGEST_NAME = 60
+LONGEST_NAME, LONGEST_VALUE = 60, 90  # characters
 MAP_BYTES_READ = 1 << 30  # bytes of maps that are read for the typical and atypical samples
 
 
+@renamed_argument("results", "store")
 def report(
-    results: Results | str | Path, path: str | Path, *, model: nn.Module | None = None, source: Source | None = None,
+    store: Results | str | Path, path: str | Path, *, model: nn.Module | None = None, source: Source | None = None,
     names: Sequence[str] | None = None, title: str | None = None,
 ) -> Path:  # fmt: skip
     """Write the report of a run to one self-contained HTML file; returns its absolute path.
 
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
-    insertion curves (of the run's ``output``, if that is an index or a name).  ``names`` are those of the outputs.  An
-    unfinished run is reported as far as it has got.
+    insertion curves (of the run's ``output``, if that is an index or a name).  ``names``: of the outputs.  Of an
+    unfinished run, the report covers the finished chunks.
     """
-    store = open_store(results) if isinstance(results, (str, Path)) else results
-    output = store.about["fingerprint"]["method"].get("output")
+    results = open_store(store) if isinstance(store, (str, Path)) else store
+    output = results.about["fingerprint"]["method"].get("output")
     if model is not None and output is not None and not isinstance(model, OneOutput):
         model = OneOutput(model, output)
-    view = StoreSections(store, model, source, names)
-    page = Report(title or f"Attributions: {Path(store.place).name}", view.summary(), sources=view.sources())
+    view = StoreSections(results, model, source, names)
+    page = Report(title or f"Attributions: {Path(results.place).name}", view.summary(), sources=view.sources())
     view.coverage(page.section("Coverage"))
     view.importance(page.section("What the outputs depend on"))
-    if "attributions" in store:
+    if "attributions" in results:
         view.samples(page.section("Typical and atypical samples"))
     if view.stability is not None and view.stability.curve is not None:
         view.curves(page.section("What the ranking is worth"), view.stability.curve)
@@ -75,12 +79,13 @@ class StoreSections:
         self.stability = self._stability()
         self.scores, self.scored_by = self._scores()
         self.targets = np.asarray(results.array("targets")[...])
-        self.names = [_short(plain(n, lines=False), LONGEST_NAME) for n in results.row_names(names)]
+        self.names = [shorten(plain(n, lines=False), LONGEST_NAME) for n in results.row_names(names)]
         rows = self.targets if self.targets.ndim == 1 else range(len(self.names))
         self.named = {int(output): name for output, name in zip(rows, self.names, strict=True)}
 
     def _stability(self) -> Importance | None:
-        if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
+        results = self.results
+        if not results.finished or "importance" not in results.reductions or len(results.inputs) > 1:
             return None
         return of_results(self.results, self.model, self.source)
 
@@ -88,7 +93,7 @@ class StoreSections:
         """Scores ``[C, *in]`` and their description, from the reductions if possible, else from the stored maps."""
         if self.stability is not None:
             return self.stability.scores, "mean |attribution| times the feature's standard deviation"
-        if self.about["finished"] and "mean_abs" in self.about["reductions"]:
+        if self.results.finished and "mean_abs" in self.results.reductions:
             return self.results.reduction("mean_abs"), "mean |attribution|"
         if "attributions" in self.results and self.results.array("targets").ndim == 1 and self.finished:
             total, count = np.zeros(()), 0
@@ -105,22 +110,24 @@ class StoreSections:
         array = self.results.array("attributions")
         most = max(1, MAP_BYTES_READ // max(array.dtype.itemsize * int(np.prod(array.chunks)), 1))
         chunks = sorted(self.finished)
-        if len(chunks) > most:
-            chunks = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, most).astype(int))]
-        return [self.results.span(c) for c in chunks]
+        return [self.results.span(chunks[i]) for i in spread_indices(len(chunks), most)]
 
     # ---- sections
 
     def sources(self) -> list[str]:
         """What the store says it was made of.  The text is not trusted, as the store may come from anyone."""
         made_by = self.about.get("made_by") or {}
-        said = [f"{k} {_short(plain(str(made_by[k]), lines=False))}" for k in ("model", "source") if made_by.get(k)]
+        said = [
+            f"{k} {shorten(plain(str(made_by[k]), lines=False), LONGEST_VALUE)}"
+            for k in ("model", "source")
+            if made_by.get(k)
+        ]
         return [f"According to the store: {', '.join(said)}."] if said else []
 
     def summary(self) -> str:
-        method = self.about["fingerprint"]["method"]["method"]
-        state = "complete" if self.about["finished"] else f"{self.results.done} of {self.results.chunks} chunks done"
-        return f"{method} of {self.results.samples:,} samples, {state}."
+        results = self.results
+        state = "complete" if results.finished else f"{results.finished_chunks} of {results.chunks} chunks done"
+        return f"{results.method} of {results.samples:,} samples, {state}."
 
     def coverage(self, section: Section) -> None:
         source = self.about["fingerprint"]["source"]
@@ -130,17 +137,17 @@ class StoreSections:
             (f"{self.samples_done:,}", f"samples of {shape}"),
             (f"{self.samples_done / self.seconds:,.0f}" if self.seconds else "–",
              "samples per second while computing (gradkern bench: the Jacobian alone)"),
-            ("yes" if self.about.get("exact") else "no" if self.about["finished"] else "–",
+            ("yes" if self.results.exact else "no" if self.results.finished else "–",
              "bit-equal to an uninterrupted run"),
         ])  # fmt: skip
-        if self.about["finished"] and not self.about["exact"]:
+        if self.results.finished and not self.results.exact:
             section.text(
-                f"Equal within {self.about['tolerance']:.0e} of the largest attribution, not to the last bit: "
-                + "; ".join(self.about["notes"]) + "."
+                f"Equal within {self.results.tolerance:.0e} of the largest attribution, not to the last bit: "
+                + "; ".join(self.results.notes) + "."
             )  # fmt: skip
         for words in self.results.losses():
             section.text(words[0].upper() + words[1:] + ".")
-        if not self.about["finished"]:
+        if not self.results.finished:
             missing = sorted(set(range(self.results.chunks)) - self.finished)
             section.text(f"{len(missing):,} chunks are missing. Run the same call again to continue.")
             section.picture(
@@ -159,7 +166,7 @@ class StoreSections:
         return self.named.get(int(output), f"output {output}")
 
     def _sample(self, sample: int) -> str:
-        return _short(plain(self.results.sample_name(sample), lines=False), LONGEST_NAME)
+        return shorten(plain(self.results.sample_name(sample), lines=False), LONGEST_NAME)
 
     def importance(self, section: Section) -> None:
         if self.scores is None:
@@ -280,10 +287,11 @@ class StoreSections:
         )
 
     def settings(self, section: Section) -> None:
-        fingerprint, pinned = self.about["fingerprint"], self.about["pinned"]
-        rows = [(f"{part}: {key}", value) for part, values in fingerprint.items() for key, value in values.items()]
-        rows += [(f"pinned: {key}", value) for key, value in pinned.items()]
-        section.table(["", "value"], [(k, _short(v)) for k, v in rows], "What makes this run this run.")
+        parts = cast(dict[str, dict[str, Any]], {**self.about["fingerprint"], "pinned": self.about["pinned"]})
+        rows = [(f"{part}: {key}", value) for part, values in parts.items() for key, value in values.items()]
+        section.table(
+            ["", "value"], [(k, shorten(str(v), LONGEST_VALUE)) for k, v in rows], "What identifies this run."
+        )
         if self.about["program"]:
             section.printed(self.about["program"], "The network as gradkern sees it")
 
@@ -291,8 +299,3 @@ class StoreSections:
 def _first_floating_sample(inputs: Sequence[Tensor]) -> np.ndarray:
     """The sample ``[*in]`` of the first floating input, to which the maps belong."""
     return next(x for x in inputs if x.is_floating_point())[0].float().numpy()
-
-
-def _short(value: Any, most: int = 90) -> str:
-    text = str(value)
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,6 +1,6 @@
 """A batch in pieces: the memory of a sample, the number of samples per piece, and their ranges.
 
-`samples_per_chunk` cuts a batch to the memory budget.  Other pieces have a size of their own, for these reasons:
+`samples_per_chunk` cuts a batch to the memory budget.  Other pieces are sized differently, for these reasons:
 
 * A store's chunks (:mod:`gradkern.data.runs.forecast`) depend only on shapes, because every machine that works on a
   store, or continues it, needs the same ones.

@@ -30,7 +30,7 @@ class Memo(Generic[V]):
         _memos.add(self)
 
     def put(self, key: Hashable, value: V) -> None:
-        """Keep ``value``, in place of what is there."""
+        """Keep ``value``, in place of an earlier one."""
         with self._lock:
             self._values[key] = value
             self._used(key, value)

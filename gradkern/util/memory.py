@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
-
-import torch
-
-from .untrusted import physical_memory
 
 WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "not enough memory", "bad_alloc")
 
 
+def physical_memory() -> int:
+    """Bytes of memory of this machine; a large number where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this error is a failed allocation."""
+    import torch  # here: the command line uses this module, and its help should not wait for torch
+
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)
@@ -42,8 +49,8 @@ class Growth:
 
     def __enter__(self) -> Growth:
         try:
-            give_back()  # the use of freed memory again would not be seen
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+            give_back()  # otherwise, memory that is reused would not count
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present use
             self._before = _status("VmRSS")
         except (OSError, StopIteration):
             pass
@@ -57,8 +64,8 @@ class Growth:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can; by itself it keeps up to some 100 MiB."""
-    with suppress(AttributeError, TypeError, OSError):  # of another C library than GNU's
+    """Return freed memory to the system, of which the C library would keep up to about 100 MiB."""
+    with suppress(AttributeError, TypeError, OSError):  # not GNU's C library
         ctypes.CDLL(None).malloc_trim(0)
 
 

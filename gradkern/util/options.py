@@ -30,7 +30,7 @@ _budget: ContextVar[int | None] = ContextVar("gradkern_memory_budget", default=N
 
 
 class GradkernWarning(UserWarning):
-    """Something is correct but slower than it could be.  The message says what, where, and what to do about it."""
+    """Something is slower than it could be, or may not be what was meant.  The message says what, and what to do."""
 
 
 class InputError(Exception):
@@ -38,7 +38,7 @@ class InputError(Exception):
 
 
 class BadArgument(InputError):
-    """Base of the errors about arguments that do not fit; Captum may accept them, or raises an error of its own."""
+    """Base of the errors about arguments that do not fit; Captum may accept them, or raise its own error."""
 
 
 class BadValue(BadArgument, ValueError):

@@ -1,13 +1,14 @@
 """A progress bar for long calls.
 
-The public call says whether one is wanted (`wanted`).  The outermost loop over pieces of the work inside it draws it
-(`followed`); loops inside that loop draw nothing.
+A public call decides whether there is one (`showing_progress`).  Inside it, the outermost loop over pieces of the work
+draws the bar (`with_progress`); the loops inside that loop draw nothing.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import TypeVar
 
@@ -36,11 +37,15 @@ class showing_progress:
     def open(self) -> bool:
         """Whether a loop that starts now draws the bar."""
         if self.choice is None:
-            self.choice = sys.stderr is not None and sys.stderr.isatty()
+            self.choice = _in_terminal()
         return self.choice and not self.drawn
 
 
 _call: ContextVar[showing_progress | None] = ContextVar("gradkern_progress", default=None)
+
+
+def _in_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def is_drawn() -> bool:
@@ -59,11 +64,34 @@ def limit_for_progress(chunk: int, samples: int) -> int:
 def with_progress(
     pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int = 0
 ) -> Iterator[T]:
-    """The pieces of ``total`` units; ``amount``: the units of a piece, done when the next one is asked for."""
+    """The pieces, with a bar of ``total`` units if the public call shows one.
+
+    ``amount``: the units of a piece, which count as done when the next piece is requested.
+    """
     call = _call.get()
-    if call is None or not call.open:
-        yield from pieces
+    return iter(pieces) if call is None or not call.open else _drawn(call, pieces, total, unit, amount, initial)
+
+
+@contextmanager
+def progress_bar(about: str, total: int, done: int, progress: bool | None) -> Iterator[Callable[[int], object]]:
+    """A bar over ``total`` samples, ``done`` of which are finished, under the line ``about``.
+
+    Yields a function to call with the number of samples just finished.  ``progress``: True, False, or None for a bar in
+    a terminal only.
+    """
+    if not (_in_terminal() if progress is None else progress):
+        yield lambda samples: None
         return
+    from tqdm import tqdm
+
+    print(about, file=sys.stderr)
+    with tqdm(total=total, initial=done, unit="sample", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
+        yield bar.update
+
+
+def _drawn(
+    call: showing_progress, pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int
+) -> Iterator[T]:
     from tqdm import tqdm  # comes with Captum
 
     call.drawn = True

@@ -1,15 +1,21 @@
-"""Some of a call's samples, and perturbed ones, for comparisons."""
+"""Evenly spread samples, and perturbed ones."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def spread_rows(count: int, most: int) -> Tensor:
+def spread_indices(count: int, most: int) -> list[int]:
     """``most`` of the indices below ``count`` (all, if these are fewer), evenly spread, the first and the last among
-    them."""
-    return torch.linspace(0, max(count - 1, 0), min(count, most)).round().long()
+    them: ``spread_indices(10, 4) == [0, 3, 6, 9]``."""
+    return [int(i) for i in np.linspace(0, max(count - 1, 0), min(count, most))]
+
+
+def spread_rows(count: int, most: int) -> Tensor:
+    """`spread_indices` as a tensor."""
+    return torch.tensor(spread_indices(count, most), dtype=torch.int64)
 
 
 def perturbed(x: Tensor, size: Tensor | float, generator: torch.Generator) -> Tensor:
@@ -20,6 +26,6 @@ def perturbed(x: Tensor, size: Tensor | float, generator: torch.Generator) -> Te
 
 
 def spread_of(x: Tensor) -> float:
-    """The standard deviation of the finite numbers of ``x``; 1 if it says nothing."""
+    """The standard deviation of the finite numbers of ``x``; 1 if it is 0 or there are fewer than two."""
     finite = x[torch.isfinite(x)]
     return (float(finite.double().std()) if finite.numel() > 1 else 0.0) or 1.0

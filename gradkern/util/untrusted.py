@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from .memory import physical_memory
 from .options import BadValue
 
 #: The codecs of zarr and numcodecs that only decompress or convert numbers.  Others may unpickle.
@@ -17,14 +18,6 @@ CODECS = {
     "JenkinsLookup3", "LZ4", "LZMA", "PackBits", "PCodec", "Quantize", "Shuffle", "ZFPY", "Zlib", "Zstd",
 }  # fmt: skip
 NUMBERS = "biufcV"
-
-
-def physical_memory() -> int:
-    """Bytes of memory of this machine; a large number where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 40
 
 
 def check_memory(wanted: int, what: str) -> None:

@@ -330,3 +330,32 @@ def test_generated_targets_of_attribute_all(shape: tuple[int, ...]) -> None:
         else:
             want = full[:, [int(targets)]]
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["Saliency", "IntegratedGradients", "DeepLift", "LRP", "GuidedBackprop"])
+def test_the_engine_is_passed_by_name(net, name) -> None:
+    """By position it still works, with a warning that names the caller's line."""
+    kind = getattr(ours, name)
+    assert inspect.signature(kind).parameters["engine"].kind is inspect.Parameter.KEYWORD_ONLY
+    places = [p for p in inspect.signature(kind).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    with pytest.warns(DeprecationWarning, match="pass engine=, output= by name") as caught:
+        method = kind(net, *[p.default for p in places[1:]], "autograd", 0)
+    assert caught[0].filename == __file__
+    assert method.gradient_func.engine == "autograd"
+    with pytest.raises(TypeError, match="positional"), pytest.warns(DeprecationWarning):
+        kind(net, *[p.default for p in places[1:]], "autograd", 0, "complete", 1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_shared_keywords_are_in_the_signature_and_others_are_refused(net, name) -> None:
+    parameters = inspect.signature(getattr(ours, name).attribute_all).parameters
+    for keyword in ("out", "wrt", "engine", "progress"):
+        assert parameters[keyword].kind is inspect.Parameter.KEYWORD_ONLY, keyword
+    assert "shared" not in parameters
+
+
+def test_an_unknown_keyword_is_refused(net) -> None:
+    with pytest.raises(
+        TypeError, match=r"IntegratedGradients.attribute_all\(\) got an unexpected keyword argument 'n'"
+    ):
+        ours.IntegratedGradients(net).attribute_all(torch.randn(2, 1, 4, 4), n=3)

@@ -119,7 +119,7 @@ def attributed(name: str, x: torch.Tensor, accelerate: bool = False) -> torch.Te
     else:
         method = kind(model)
     if accelerate:
-        gradkern.accelerate(method, "kernel")
+        gradkern.accelerate(method, engine="kernel")
     np.random.seed(0)
     target = {} if name.startswith("Neuron") and name != "NeuronConductance" else {"target": 1}
     return method.attribute(x, **target, **options_of(name, x))

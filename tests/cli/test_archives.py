@@ -17,8 +17,8 @@ from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
 from gradkern.cli import archives
 from gradkern.cli.models import load_exported
+from gradkern.util.memory import physical_memory
 from gradkern.util.options import BadValue
-from gradkern.util.untrusted import physical_memory
 
 MODEL = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"

@@ -126,7 +126,7 @@ def test_errors_in_one_line(files, tmp_path, words, code, said):
 def test_another_model_has_its_own_exit_code(files, tmp_path):
     call("run", files / "net.pt2", files / "x.npy", tmp_path / "a.zarr")
     done = call("run", "tests.cli.test_cli:small", files / "x.npy", tmp_path / "a.zarr", "--method", "jacobian", code=3)
-    assert "holds another run, and nothing was changed" in done.stderr
+    assert "belongs to another run, and nothing was changed" in done.stderr
     other = call("report", tmp_path / "a.zarr", "--model", "tests.cases:lenet5_like", code=1)
     assert "cannot import" in other.stderr
 
@@ -159,7 +159,7 @@ def test_verify_repairs_from_model_and_source(files, tmp_path):
         (store / "attributions/c.1.0.0.0").write_bytes(damage)
         said = call("verify", store, code=5).stdout
         assert "damaged chunks: 1 (attributions)" in said
-        assert "samples to compute again: 8 … 15" in said
+        assert "samples to recompute: 8 … 15" in said
         asked = call("verify", store, "--repair", code=2).stderr
         assert f"The store says: --model {files / 'net.pt2'} --source {files / 'x.npy'}" in " ".join(asked.split())
         again = call("verify", store, "--repair", "--model", files / "net.pt2", "--source", files / "x.npy")

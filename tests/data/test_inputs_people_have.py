@@ -324,7 +324,7 @@ def test_a_tuple_of_lists_is_a_tuple_of_inputs() -> None:
     ("dtype", "words"), [(np.int16, "only floating numbers have gradients"), (np.float64, "the model is float32")]
 )
 def test_a_dtype_that_the_model_cannot_take_names_the_way_out(dtype, words, engine, tmp_path) -> None:
-    with pytest.raises(TypeError, match=rf"{words}.*input_dtype=torch\.float32 \(--cast float32\)"):
+    with pytest.raises(TypeError, match=rf"{words}.*input_dtype=torch\.float32 \(--input-dtype float32\)"):
         run(nn.Linear(4, 2).eval(), X.astype(dtype), tmp_path / "a.zarr", engine=engine)
 
 
@@ -458,7 +458,7 @@ def test_weights_that_fit_twice_in_part_or_not(nets, tmp_path) -> None:
         load("net", student | teacher)
     with pytest.raises(ValueError, match=r"several sets of weights, \['state_dict', 'model'\]"):
         load("net", {"model": fits, "state_dict": fits})
-    with pytest.raises(ValueError, match=r"it lacks \['bias'\], and has nothing beside"):
+    with pytest.raises(ValueError, match=r"it lacks \['bias'\], and has nothing in addition"):
         load("net", {"weight": fits["weight"]})
     with pytest.raises(ValueError, match=r"weight is \[4, 3\] there, expected \[3, 4\]"):
         load("net", fits | {"weight": torch.zeros(4, 3)})
@@ -483,7 +483,7 @@ def test_a_plan_writes_nothing(tmp_path) -> None:
     ranked = CliRunner().invoke(main, ["importance", *words[1:3], "--dry-run"])
     assert "9 samples in 1 chunks of 9" in ranked.stdout, ranked.output
     for said in (planned.stdout, ranked.stdout):
-        assert "of memory beside model and source, about" in said
+        assert "of memory besides model and source, about" in said
     assert not (tmp_path / "a.zarr").exists()
     done = CliRunner().invoke(main, [*words, "--quiet"])
     assert (done.exit_code, done.output) == (0, "")

@@ -41,7 +41,7 @@ def test_store_keeps_and_shows_sample_ids_and_output_names(tmp_path):
     again = run(model, X, tmp_path / "a.zarr", reductions="importance", **GIVEN)  # without saying it again
     assert again.ids == tuple(IDS)
     for other in ({"ids": IDS[::-1]}, {"names": list("abc")}):
-        with pytest.raises(Mismatch, match=f"{next(iter(other))}: .* was begun with others"):
+        with pytest.raises(Mismatch, match=f"{next(iter(other))}: .* was started with others"):
             run(model, X, tmp_path / "a.zarr", reductions="importance", **other, **GIVEN)
 
 

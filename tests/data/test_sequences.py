@@ -136,7 +136,7 @@ def test_export_to_modisco(net: nn.Module, x: np.ndarray, tmp_path: Path) -> Non
     x[4, :, 5:7] = 0.25
     store = run(net, x, tmp_path / "store")
     names = [f"chr{i}:{i}-{i + LENGTH}" for i in range(N)]
-    sequences, contributions = to_modisco(store, x, tmp_path / "out", output=1, names=names)
+    sequences, contributions = to_modisco(store, x, tmp_path / "out", target=1, names=names)
     letters, maps = np.load(sequences), np.load(contributions)
     known = (x == 1).any(1, keepdims=True)
     assert letters["arr_0"].dtype == np.int8
@@ -152,5 +152,8 @@ def test_export_to_modisco(net: nn.Module, x: np.ndarray, tmp_path: Path) -> Non
         to_modisco(store, x[:3], tmp_path / "out")
     with pytest.raises(BadValue, match="names: got 1"):
         to_modisco(store, x, tmp_path / "out", names=["a"])
-    with pytest.raises(BadValue, match="output: got 2"):
-        to_modisco(store, x, tmp_path / "out", output=2)
+    with pytest.raises(BadValue, match="target: got 2"):
+        to_modisco(store, x, tmp_path / "out", target=2)
+    with pytest.warns(DeprecationWarning, match="output= is now target="):
+        old = to_modisco(store, x, tmp_path / "old", output=1)  # type: ignore[call-arg]
+    np.testing.assert_array_equal(np.load(old[1])["arr_0"], maps["arr_0"])

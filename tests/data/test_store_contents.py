@@ -224,7 +224,7 @@ def test_arguments_that_do_not_fit(problem, tmp_path, options, words):
 def test_a_run_that_is_not_complete_says_so(problem, tmp_path):
     model, x, _ = problem
     results = run(model, x, tmp_path / "a.zarr", chunk=8, shard=(0, 3), reductions=["mean_abs"])
-    assert (results.done, results.chunks) == (1, 3)
+    assert (results.finished_chunks, results.chunks) == (1, 3)
     with pytest.raises(ValueError, match="1 of 3 chunks are finished"):
         results.reduction("mean_abs")
     assert np.isnan(results.array("attributions")[8:]).all()
@@ -281,7 +281,7 @@ def test_an_address_that_fsspec_knows(problem, tmp_path):
     model, x, jacobian = problem
     place = f"memory://{tmp_path.name}/a.zarr"
     first = run(model, x, place, method="jacobian", chunk=8, shard=(0, 2), reductions=["mean_abs"])
-    assert (first.done, first.about["finished"]) == (1, False)
+    assert (first.finished_chunks, first.finished) == (1, False)
     results = run(model, x, place, method="jacobian", reductions=["mean_abs"])
     assert results.about["exact"]
     assert torch.equal(results.maps(0, 21), jacobian)

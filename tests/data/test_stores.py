@@ -33,9 +33,10 @@ def oracle() -> torch.Tensor:
 
 def test_a_finished_store_reads_the_same():
     results = Results.open(STORES / "finished.zarr")
-    assert (results.samples, results.chunk, results.chunks, results.done) == (9, 2, 5, 5)
-    assert results.about["finished"]
-    assert results.about["exact"]
+    assert (results.samples, results.chunk, results.chunks, results.finished_chunks) == (9, 2, 5, 5)
+    assert (results.finished, results.exact, results.notes, results.tolerance) == (True, True, [], None)
+    assert (results.method, results.inputs, results.pinned["chunk"]) == ("jacobian", ["attributions"], 2)
+    assert results.reductions == ["mean_abs", "variance", "max_abs"]
     maps = results.maps(0, 9)
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps.double(), oracle(), rtol=1e-5, atol=1e-6)
@@ -51,7 +52,7 @@ def test_a_finished_store_reads_the_same():
 def test_an_unfinished_store_reads_as_far_as_it_is():
     results = Results.open(STORES / "unfinished.zarr")
     assert results.ledger.finished() == {0, 1}
-    assert not results.about["finished"]
+    assert (results.finished, results.exact) == (False, None)
     assert torch.equal(results.maps(0, 4), Results.open(STORES / "finished.zarr").maps(0, 4))
     with pytest.raises(ValueError, match="2 of 5 chunks are finished"):
         results.reduction("mean_abs")
@@ -203,6 +204,10 @@ def test_old_names_of_arguments_warn():
     with pytest.warns(DeprecationWarning, match="of= is now input=") as caught:
         assert torch.equal(results.mask(0, 2, of=0), results.mask(0, 2, 0))
     assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="Results.done is now Results.finished_chunks;"):
+        assert results.done == results.finished_chunks
+    with pytest.warns(DeprecationWarning, match="place= is now store="):
+        assert gradkern.data.verify(place=STORES / "finished.zarr").ok
     with pytest.raises(TypeError, match="input"), pytest.warns(DeprecationWarning):
         results.mask(0, 2, input=0, of=0)
     with pytest.warns(DeprecationWarning, match="rows= is now targets="):
@@ -224,8 +229,8 @@ def test_settings_as_one_value_are_the_keywords(tmp_path):
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"method": "saliency"}, r"run: got method beside settings=. .*replace\(settings, method=\.\.\.\)"),
-        ({"chunk": 3, "targets": [0]}, "got chunk, targets beside settings="),
+        ({"method": "saliency"}, r"run: got method together with settings=. .*replace\(settings, method=\.\.\.\)"),
+        ({"chunk": 3, "targets": [0]}, "got chunk, targets together with settings="),
     ],
 )
 def test_a_field_beside_settings_is_an_error(tmp_path, keywords, words):

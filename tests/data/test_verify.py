@@ -116,7 +116,7 @@ def test_any_damage_is_found_and_repaired_to_the_same_bits(whole, store, damage)
         assert str(store) in str(verdict)
         if "/c.1" in file:
             assert verdict.spans == ((8, 16),)
-            assert "samples to compute again: 8 … 15" in str(verdict)
+            assert "samples to recompute: 8 … 15" in str(verdict)
         repaired = repair(store, net(), samples())
         assert verify(store).ok, (damage, file)
         assert repaired.about["exact"]

@@ -41,7 +41,7 @@ def test_statistics_stop_at_what_is_not_finite_and_name_it(tmp_path, value):
     given = {"method": "input_x_gradient", "reductions": ["mean_abs"], "chunk": 16}
     with pytest.raises(ValueError, match=r"sample 19 are not finite .* 2 others of the samples 16 … 31: 20, 31"):
         run(net(), damaged([19, 20, 31, 38], value), tmp_path / "a.zarr", **given)
-    assert Results.open(tmp_path / "a.zarr").done == 1, "what is finished is kept"
+    assert Results.open(tmp_path / "a.zarr").finished_chunks == 1, "what is finished is kept"
 
 
 @pytest.mark.parametrize("reductions", [["mean_abs"], ["mean", "variance", "max_abs"], ["importance"], ["ranks"]])
@@ -257,7 +257,7 @@ def test_a_second_run_is_refused_and_told_who_is_at_work_and_the_dead_hold_nothi
     holder = forks.start(hold)
     try:
         assert os.read(reader, 4) == b"held"
-        with pytest.raises(Busy, match=rf"process {holder} on \S+ \(since \d{{4}}-.*, chunks 0 … 2\) is at work"):
+        with pytest.raises(Busy, match=rf"process {holder} on \S+ \(since \d{{4}}-.*, chunks 0 … 2\) is computing"):
             run(net(), samples(), out, **given)
         assert partial.exists()
         run(net(), samples(), out, shard=(1, 2), **given)  # the chunks 5 … 9 are free
@@ -286,7 +286,7 @@ def test_a_second_run_in_another_thread_is_refused_too(tmp_path, monkeypatch):
     first.start()
     assert inside.wait(60)
     try:
-        with pytest.raises(Busy, match="is at work on the chunks 0 … 4"):
+        with pytest.raises(Busy, match="is computing the chunks 0 … 4"):
             run(net(), samples(), tmp_path / "a.zarr", chunk=8)
     finally:
         go_on.set()

@@ -123,3 +123,32 @@ def test_prepared_call_takes_autograd_where_it_is_faster(monkeypatch: pytest.Mon
     monkeypatch.setattr(ways, "measure", lambda *args: Timing(3, {"kernels": 2.0, "loop": 1.0}))
     monkeypatch.setattr(batching, "run", None)
     torch.testing.assert_close(gradkern.prepare(model, x)(x), gradkern.jacobian(model, x, engine="autograd"))
+
+
+@pytest.mark.parametrize("engine", ["kernel", "autograd", "reference"])
+def test_update_takes_the_model_as_it_is_now(engine: str) -> None:
+    """Until then, weights that were packed stay as they were; other engines look at the model at every call."""
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(4, 5)
+    jac = gradkern.prepare(model, x, engine=engine)
+    before = jac(x)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    now = gradkern.jacobian(model, x, engine="autograd")
+    torch.testing.assert_close(jac(x), before if engine == "kernel" else now)
+    assert jac.update() is jac
+    torch.testing.assert_close(jac(x), now)
+    model[1] = nn.Tanh()
+    torch.testing.assert_close(jac.update()(x), gradkern.jacobian(model, x, engine="autograd"))
+
+
+def test_the_engine_is_that_of_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(4, 5)
+    want = gradkern.jacobian(model, x, engine="kernel")
+    jac = gradkern.prepare(model, x, engine="kernel")
+    with gradkern.use("autograd"):
+        assert torch.equal(jac(x), want)
+        live = gradkern.prepare(model, x)
+    assert live.program is None
+    torch.testing.assert_close(live(x), want)
+    with pytest.raises(ValueError, match="engine="):
+        gradkern.prepare(model, x, engine="fast")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import gradkern
 from gradkern.dispatch.targets import TopSeeds, resolve
@@ -229,3 +232,20 @@ def test_seeds_are_per_chunk():
     assert known.indices_per_sample().tolist() == [[1], [0], [2], [1]]
     assert known.part(1, 3).indices_per_sample().tolist() == [[0], [2]]
     assert top.indices is None  # a value: nothing was filled in
+
+
+def test_a_list_as_long_as_the_batch_is_noted_once() -> None:
+    """Captum would read it as one target per sample."""
+    net = nn.Sequential(nn.Linear(4, 5)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradkern.jacobian(net, torch.randn(3, 4), [0, 4])
+        gradkern.jacobian(net, torch.randn(1, 4), [2])
+        gradkern.jacobian(net, torch.randn(3, 4), [[0], [4], [1]])
+    with pytest.warns(
+        gradkern.GradkernWarning, match=r"3 outputs is differentiated for each of the 3 samples.*\[N, 1\]"
+    ):
+        assert gradkern.jacobian(net, torch.randn(3, 4), [2, 0, 4]).shape == (3, 3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(gradkern.iter_jacobian(net, torch.randn(3, 4), [2, 0, 4]))

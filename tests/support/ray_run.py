@@ -72,7 +72,7 @@ def main(out: str, alone: str) -> None:
     threading.Thread(target=kill_one, args=(out,), daemon=True).start()
     results = run_on_ray(model, x, out, workers=2, **OPTIONS)
     run(model, x, alone, threads=1, **OPTIONS)  # here, with the same instructions
-    print(json.dumps({**killed, "done": results.done, "chunks": results.chunks}))
+    print(json.dumps({**killed, "done": results.finished_chunks, "chunks": results.chunks}))
 
 
 if __name__ == "__main__":

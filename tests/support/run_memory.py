@@ -1,4 +1,4 @@
-"""Memory that runs take, beside the forecast of it: ``python -m tests.support.run_memory [NAME ...]``.
+"""Memory that runs take, compared with its forecast: ``python -m tests.support.run_memory [NAME ...]``.
 
 Every line is a process of its own.  Seen is the growth of the peak of its resident memory beyond what it had with all
 modules loaded, the model made and the samples read.

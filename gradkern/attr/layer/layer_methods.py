@@ -10,7 +10,7 @@ import functools
 import inspect
 import time
 import warnings
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from ...dispatch.request import jacobian_choice
 from ...dispatch.targets import Seeds
 from ...util.options import BadArgument, Engine
 from ...util.outputs import Output
-from ...util.renamed import old_names
+from ...util.renamed import keyword_only, old_names
 from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
@@ -34,7 +34,7 @@ from ..attribute_all import (
     points_for,
     resolve_targets,
 )
-from ..call import POSITIONAL, PublicMethod, keep_buffers
+from ..call import POSITIONAL, PublicMethod, SharedOptions, keep_buffers
 from ..captum_compat import stock
 from ..captum_targets import captum_seeds
 from ..plug import GradientFunc, plug_into
@@ -221,18 +221,20 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
     A drop-in for `captum.attr.GuidedGradCam`.  Attribute logits, as the paper does.
     """
 
+    @keyword_only("engine", "output")
     def __init__(
         self,
         model: nn.Module,
         layer: nn.Module,
         device_ids: Any = None,
+        *,
         engine: Engine | None = None,
         output: Output = None,
     ) -> None:
         super().__init__(model, layer, device_ids)
         plug_into(self, GradientFunc(engine), output)
         self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine, output=output)
-        self.guided_backprop = GuidedBackprop(model, engine, output)
+        self.guided_backprop = GuidedBackprop(model, engine=engine, output=output)
 
     @as_attribute_all
     def attribute_all(
@@ -243,16 +245,17 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
         additional_forward_args: Any = None,
         interpolate_mode: str = "nearest",
         attribute_to_layer_input: bool = False,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         rows = compat.format_tensor_into_tuples(inputs)
         seeds, out = resolve_targets(self.forward_func, rows, additional_forward_args, targets)
         chosen = _as_targets(seeds.rows(0, rows[0].shape[0]), out)
-        shared = {"targets": chosen, "additional_forward_args": additional_forward_args}
+        given = {"targets": chosen, "additional_forward_args": additional_forward_args}
         cam = self.grad_cam.attribute_all(
-            rows, **shared, attribute_to_layer_input=attribute_to_layer_input, relu_attributions=True
+            rows, **given, attribute_to_layer_input=attribute_to_layer_input, relu_attributions=True
         )
-        guided = self.guided_backprop.attribute_all(rows, **shared)
+        guided = self.guided_backprop.attribute_all(rows, **given)
         cam = cam.reshape(cam.shape[0], seeds.count, *cam.shape[1 + len(seeds.axes) :]).flatten(0, 1)
         maps = []
         for x, g in zip(rows, guided, strict=True):

@@ -13,6 +13,7 @@ from ...runtime import reference
 from ...util.chunks import spans
 from ...util.options import Engine
 from ...util.outputs import Output
+from ...util.renamed import keyword_only
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, completeness, pick_outputs
 from ..call import as_instance_of
@@ -83,11 +84,13 @@ class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
     A drop-in for `captum.attr.LayerDeepLiftShap`, complete even where Captum is not.  Attribute logits.
     """
 
+    @keyword_only("engine", "output")
     def __init__(
         self,
         model: nn.Module,
         layer: nn.Module,
         multiply_by_inputs: bool = True,
+        *,
         engine: Engine | None = None,
         output: Output = None,
     ) -> None:

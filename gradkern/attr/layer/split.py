@@ -27,7 +27,7 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # samples on which the layer's value is compared with the Program's values, beside as many noisy ones
+SAMPLES = 3  # samples, plus as many noisy ones, on which the layer's value is compared with the Program's values
 #: Layer values by the verdict on a captured graph, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
@@ -35,7 +35,10 @@ _tails: Memo[Tail] = Memo(256)
 
 @dataclass(frozen=True)
 class Tail:
-    """The part of a Program from a value on.  Its inputs are that value, then the others that cross the cut."""
+    """The part of a Program after a value.  Its inputs are that value, then the other values that cross the cut.
+
+    In ``y = f(h) + x`` with ``h = g(x)``, the tail after ``h`` has the inputs ``h`` and ``x``.
+    """
 
     program: Program
     value: int
@@ -219,7 +222,7 @@ def jacobians(
     """One ``[R, S, *in]`` per input in ``wrt``, some rows at a time; by plain torch where ``by_reference``."""
     like, count, seeds = executor.leading(inputs), inputs[0].shape[0], index.shape[-1]
     out = tuple(inputs[w].new_empty(count, seeds, *inputs[w].shape[1:]) for w in wrt)
-    chunk = max(1, count)  # one kernel call needs no memory beside the result
+    chunk = max(1, count)  # one kernel call needs no memory in addition to the result
     plan = executor.plan_for(program, seeds, like.dtype, like.device, wrt=wrt)
     if by_reference:
         chunk = stepwise_samples(like.device, stepwise_bytes(program.shapes, seeds, like.element_size()))

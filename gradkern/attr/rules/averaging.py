@@ -1,7 +1,9 @@
-"""DeepLift averaged over references: pairs of a sample and a reference, some at a time, summed as they come.
+"""DeepLift averaged over references: blocks of pairs of a sample and a reference, summed as they are computed.
 
-A sample's own forward pass serves all its references, and references that all samples share are run once.  A pair's
-multipliers do not depend on other pairs and the sum has one order, so results do not depend on the memory budget.
+With 2 samples and 3 references, the pairs are (0, 0), (0, 1), (0, 2), (1, 0), …  The forward pass of a sample is
+computed once for all its references, and that of a reference that all samples share once for all samples.  A pair's
+multipliers do not depend on other pairs, and the order of the sum is fixed, so results do not depend on the memory
+budget.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from ..attribute_all import Options, Tensors, answer, one_by_one, pick_outputs, 
 from ..captum_targets import captum_seeds
 from ..plug import GradientFunc
 from ..points import Points
-from ..references import References, check_letters, hypothetical, of_letters, per_sample
+from ..references import References, check_hypothetical, hypothetical, of_bases, per_sample
 from .linear import rule_multipliers, rule_values, values_needed
 from .rescale import Rescale
 from .rule import Values
@@ -49,14 +51,14 @@ def as_they_are(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
     return multipliers
 
 
-def letters(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
+def of_every_base(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
     """`gradkern.attr.references.hypothetical` of all seeds."""
-    return tuple(of_letters(m, base.unsqueeze(1), 2) for m, base in zip(multipliers, start, strict=True))
+    return tuple(of_bases(m, base.unsqueeze(1), 2) for m, base in zip(multipliers, start, strict=True))
 
 
 @dataclass(frozen=True)
 class ContributionOptions:
-    """The results that a call asks for: contributions of letters, deltas, contributions by the caller's function."""
+    """What a call requests: hypothetical contributions, deltas, a custom function that computes contributions."""
 
     hypothetical: bool = False
     delta: bool = False
@@ -101,7 +103,7 @@ class Averaging:
         self._known: dict[str, tuple[Any, dict[int, Tensor]]] = {}
 
     def values(self, kind: str, place: Any, rows: Tensors) -> dict[int, Tensor]:
-        """The values of a forward pass at ``rows``, kept until ``kind`` is asked for another ``place``."""
+        """The values of a forward pass at ``rows``; of each ``kind``, the values of the latest ``place`` are kept."""
         if kind not in self._known or self._known[kind][0] != place:
             self._known.pop(kind, None)
             stored, delta = dict(enumerate(rows)), self.wants_delta
@@ -164,7 +166,7 @@ class Averaging:
                     total[a:b] += by_pair[:, r]
             if deltas is not None:
                 difference = at[self.program.output] - before[self.program.output]
-                if contributions is letters:
+                if contributions is of_every_base:
                     parts = times_change(multipliers, rows[: self.own], start[: self.own])
                 missed = sum(sum_trailing_axes(p, 2) for p in parts) - pick_outputs(difference, chosen)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
@@ -192,13 +194,13 @@ class OverReferences(RuleMethod):
         raise NotImplementedError
 
     def _references(
-        self, baselines: Any, rows: Tensors, n: int, random_state: int | None, letters: bool
+        self, baselines: Any, rows: Tensors, n: int, random_state: int | None, hypothetical: bool
     ) -> References | None:
         """The references over which this call averages; None if it is a call of Captum's."""
         if not all(isinstance(x, Tensor) and x.dim() for x in rows):
             return None  # Captum's own error
         references = per_sample(baselines, rows, n, random_state)
-        if references is None and letters:
+        if references is None and hypothetical:
             start = compat.format_baseline(baselines, rows)
             compat.validate_input(rows, start)
             start = compat.tensorize_baseline(rows, start)
@@ -211,7 +213,7 @@ class OverReferences(RuleMethod):
     ) -> Any:
         """``attribute`` with references per sample."""
         if wanted.hypothetical:
-            check_letters(references.inputs, wanted.custom)
+            check_hypothetical(references.inputs, wanted.custom)
         averages = self._one_on_engine(references, target, extra, wanted)
         averages = self._one_by_one(references, target, extra, wanted) if averages is None else averages
         return with_delta(averages, compat.is_tuple(inputs))
@@ -239,7 +241,7 @@ class OverReferences(RuleMethod):
     ) -> Any:
         """``attribute_all`` with references per sample."""
         if wanted.hypothetical:
-            check_letters(references.inputs, wanted.custom)
+            check_hypothetical(references.inputs, wanted.custom)
         as_tuple = compat.is_tuple(inputs)
         with one_call():
             points = points_for(self, references.inputs, extra)
@@ -268,7 +270,7 @@ class OverReferences(RuleMethod):
 
         contributions = times_change if self.multiplies_by_inputs else as_they_are
         contributions = by_user if wanted.custom is not None else contributions
-        contributions = letters if wanted.hypothetical else contributions
+        contributions = of_every_base if wanted.hypothetical else contributions
         with torch.inference_mode(False), torch.no_grad():
             averaging = Averaging(points, seeds, references, program, points.route.params(), wanted.delta)
             options: Options = {"baselines": points.inputs}
@@ -302,8 +304,10 @@ ROUNDING = 1e-4  # a smaller delta, as a share of the output, may be rounding
 
 
 def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
-    """Warn, once per model, if attributions do not add up: ``deltas`` are what they miss, ``sizes`` the sums of their
-    absolute values, both one per attribution."""
+    """Warn, once per model, if attributions do not add up to the change of the output.
+
+    ``deltas``: the difference, per attribution.  ``sizes``: the sum of an attribution's absolute values.
+    """
     if deltas.shape == sizes.shape and bool((deltas.detach().abs() > LARGE * sizes).any()):
         state.warn(
             fn,
@@ -315,7 +319,7 @@ def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
 def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, start: Tensors, targets: Tensor) -> None:
     """`say_if_large` for the first samples of a model, whether or not anybody asks for deltas.
 
-    ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule and constants have warnings of their own.
+    ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule, and constants, are warned about separately.
     """
     said = bool(rule.unruled or rule.detached)
     if said or len(multipliers) < len(rows) or not state.first(fn, "completeness"):

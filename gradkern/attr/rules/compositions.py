@@ -1,4 +1,4 @@
-"""Operations as compositions of those that have a rule of their own on the tape (`tape.py`)."""
+"""Operations composed of others that have their own rule on the tape (`tape.py`)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Here the rule is applied to the Program, so it also works for functional, in-pla
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from ...util.callables import model_of, name_of
 from ...util.options import BadArgument, BadValue, Engine
 from ...util.options import engine as engine_of
 from ...util.outputs import Output
+from ...util.renamed import keyword_only
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, check_distribution
+from ..call import SharedOptions
 from ..captum_compat import stock
 from ..captum_targets import captum_seeds
 from ..plug import GradientFunc, can_handle_call, plug_into
@@ -57,11 +59,13 @@ class DeepLift(OverReferences, stock.DeepLift):
 
     eps = 1e-10  # Captum's default, for objects that another constructor has made
 
+    @keyword_only("engine", "output", "rules")
     def __init__(
         self,
         model: nn.Module,
         multiply_by_inputs: bool = True,
         eps: float = 1e-10,
+        *,
         engine: Engine | None = None,
         output: Output = None,
         rules: Rules = "complete",
@@ -86,10 +90,10 @@ class DeepLift(OverReferences, stock.DeepLift):
         """Captum's ``attribute``, by the rule above.
 
         ``baselines`` may also be references per sample, over which the attributions are averaged: a tensor
-        ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which is asked for ``n_references``
-        of each sample, by a seed of its own if there is a ``random_state``.  The delta is then per pair, ``[N · R]``.
-        ``hypothetical``: the contributions of every letter that could stand in a one-hot sequence
-        ``[N, letters, length]`` (see `gradkern.attr.references`).
+        ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which draws ``n_references``
+        for each sample, with a separate seed for each sample if there is a ``random_state``.  The delta is then per
+        pair, ``[N · R]``.  ``hypothetical``: the contributions of every base at every position
+        of one-hot sequences ``[N, bases, length]`` (see `gradkern.attr.references`).
         """
         rows = compat.format_tensor_into_tuples(inputs)
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
@@ -132,6 +136,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         hypothetical: bool = False,
         n_references: int = 20,
         random_state: int | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
@@ -216,7 +221,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         return None
 
     def _on_hooks(self) -> None:
-        """Warn that Captum's hooks ran where rules that complete were asked for."""
+        """Warn that Captum's hooks ran although ``rules="complete"`` was requested."""
         gradients = self.gradient_func
         if isinstance(gradients, GradientFunc) and engine_of(gradients.engine) != "autograd":
             model = model_of(self.forward_func)
@@ -249,8 +254,8 @@ def say_constant(fn: Any, where: str) -> None:
     """Warn, once per model, that something is detached in ``where``."""
     state.warn(
         fn,
-        f"{name_of(fn)}: DeepLift takes what is detached (in {where}) as constant, with its value at the input. "
-        "Attributions add up to the change of the output with these values held, not to all of it.",
+        f"{name_of(fn)}: DeepLift treats detached tensors (in {where}) as constants, with their values at the input. "
+        "Attributions add up to the change of the output with these values fixed, not to the whole change.",
     )
 
 
@@ -305,10 +310,12 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
 
     _is_captums = False  # also for an accelerated object of Captum's class
 
+    @keyword_only("engine", "output", "rules")
     def __init__(
         self,
         model: nn.Module,
         multiply_by_inputs: bool = True,
+        *,
         engine: Engine | None = None,
         output: Output = None,
         rules: Rules = "complete",
@@ -356,6 +363,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         hypothetical: bool = False,
         n_references: int = 20,
         random_state: int | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 

@@ -97,7 +97,7 @@ def _trace(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) ->
             graph = make_fx(forward, pre_dispatch=True)(*(x.clone() for x in xs))
         own = custom_backward(forward, xs)
         if own:
-            raise NoRule(f"{own}, which has a backward of its own")
+            raise NoRule(f"{own}, which defines its own backward")
         with torch.no_grad():
             return graph, forward(*(x.clone() for x in xs)), fn(*(x[:1].clone() for x in xs), *first)
     except NoRule:

@@ -21,7 +21,7 @@ from ...runtime import executor, reference
 from ...util.memo import Memo
 from .rule import Rule, StepMap, Values, at_place, is_linear, pad_for_windows, pull, tap_slices
 
-MOST_TAPS = 16  # in a pool's window; each becomes a step of its own
+MOST_TAPS = 16  # in a pool's window; each becomes one step
 Ref = tuple[str, int, int]  # ("output" | "input", step, which input), or ("tap", step, place)
 
 

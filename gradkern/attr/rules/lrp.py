@@ -1,8 +1,8 @@
 """Layer-wise relevance propagation: Captum's rules on the Program, for more layers than Captum knows.
 
 The relevance of a value is its share of the output.  At a contraction ``z = W a + b`` the rule gives
-``R_a = a ⊙ Wᵀ (R_z / z)``, with W changed (gamma, alpha-beta, z-plus) and z stabilised by an epsilon of its own sign.
-Activations pass relevance on unchanged.  So LRP is a chain of contractions and slopes, like a gradient.
+``R_a = a ⊙ Wᵀ (R_z / z)``, with W changed (gamma, alpha-beta, z-plus) and z stabilised by an epsilon with the sign of
+z.  Activations pass relevance on unchanged.  So LRP is a chain of contractions and slopes, like a gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from ...util.callables import model_of, name_of
 from ...util.memo import WeakMemo
 from ...util.options import Engine
 from ...util.outputs import Output
+from ...util.renamed import keyword_only
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, one_by_one, pick_outputs, rows_out
+from ..call import SharedOptions
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points
@@ -58,7 +60,7 @@ class Relevance(Rule):
         return super().at(i)
 
     def normalized(self, i: int, z: Tensor) -> Tensor:
-        """``1 / z``, stabilised by an epsilon of its own sign."""
+        """``1 / z``, stabilised by an epsilon with the sign of ``z``."""
         return 1 / self.stable(i, z)
 
     def stable(self, i: int, z: Tensor) -> Tensor:
@@ -145,7 +147,8 @@ class LRP(RuleMethod, stock.LRP):
     1-D average pools, residual sums, and functional and reused activations.  Attribute logits: a softmax has no rule.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine | None = None, output: Output = None) -> None:
+    @keyword_only("engine", "output")
+    def __init__(self, model: nn.Module, *, engine: Engine | None = None, output: Output = None) -> None:
         stock.LRP.__init__(self, model)
         plug_into(self, GradientFunc(engine), output)
 
@@ -182,6 +185,7 @@ class LRP(RuleMethod, stock.LRP):
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
         verbose: bool = False,
+        **shared: Unpack[SharedOptions],
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 

@@ -1,4 +1,8 @@
-"""DeepLift's rules on the Program: the rescale rule, and rules that complete for what is not elementwise."""
+"""DeepLift's rules on the Program: the rescale rule, and complete rules for steps that are not elementwise.
+
+A rule is complete if the attributions add up to the change of the output.  For ``y = relu(x)``, ``x = 2`` and the
+reference -1, the multiplier is Δy / Δx = 2 / 3 (the slope is 1), and 2 / 3 · 3 is the change 2.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ class Rescale(Rule):
     Elementwise steps: the secant, or the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
     to the places of the input's and of the reference's maximum, each in proportion to its own change.  Products: the
     mean of both points.  Softmax, norms, and everything that torch decomposes (attention): compositions of such steps
-    (`tape.py`).  All of these complete.  What a network detaches is a constant.  Other steps: the derivative at the
+    (`tape.py`).  All of these are complete.  Detached tensors are constants.  Other steps: the derivative at the
     input; ``unruled`` names them.
     """
 

@@ -30,8 +30,8 @@ class StepMap:
     """A step's transposed linear map under a rule: from the cotangent of its value to those of its inputs.
 
     First, the cotangent is multiplied by ``output_factor [N, *shape]``.  Then comes the step's own transposed map (with
-    ``weight`` in place of its own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the
-    share of each window's value that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).
+    ``weight`` in place of the step's own, if given), or the identity (``through``), or that of a pool given by ``taps``
+    (the share of each window's value that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).
     Last, the results are multiplied by ``input_factors``, one ``[N, *in]`` or None per input.  ``reads``: the values
     whose cotangents ``custom`` gives, if they are not the step's inputs (a rule for several steps).
     """

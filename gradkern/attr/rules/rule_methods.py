@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
 from ...util.options import BadArgument, Engine, engine
 from ...util.outputs import Output
+from ...util.renamed import keyword_only
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, points_for
+from ..call import SharedOptions
 from ..captum_compat import stock
 from ..captum_targets import captum_seeds
 from ..plug import GradientFunc, plug_into
@@ -132,7 +134,8 @@ class _Rectifying(ProgramMethod):
 
     _relu = ""
 
-    def __init__(self, model: torch.nn.Module, engine: Engine | None = None, output: Output = None) -> None:
+    @keyword_only("engine", "output")
+    def __init__(self, model: torch.nn.Module, *, engine: Engine | None = None, output: Output = None) -> None:
         super().__init__(model)
         plug_into(self, GradientFunc(engine), output)
 
@@ -147,7 +150,14 @@ class _Rectifying(ProgramMethod):
         return captums(self, inputs, target, additional_forward_args)
 
     @as_attribute_all
-    def attribute_all(self, inputs: Inputs, *, targets: Any = None, additional_forward_args: Any = None) -> Any:
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        *,
+        targets: Any = None,
+        additional_forward_args: Any = None,
+        **shared: Unpack[SharedOptions],
+    ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})
 

@@ -1,4 +1,4 @@
-"""DeepLift of any ATen call: its operations on a value and its reference, each with a rule that completes.
+"""DeepLift of any ATen call: its operations on a value and its reference, each with a complete rule.
 
 A pair, `InputAndReference`, is a value at the input and at the reference.  A `Tape` runs operations on pairs, and
 remembers for each the map that carries small changes through it, as a function of tensors; torch transposes that map.

@@ -15,6 +15,8 @@ from ...util import options
 from ...util.options import BadValue
 from .. import statistics
 from ..sources import Source
+from ..sources.padding import Padding
+from ..store.attributes import Attributes, Fingerprint, PaddingRecord
 from ..store.labels import of_rows
 from ..store.layout import Array, dtype_name, map_names, reduction_key, spans
 from ..store.results import FORMAT
@@ -24,8 +26,8 @@ from .settings import Settings
 
 
 def attributes(
-    asked: dict[str, Any], source: Source, settings: Settings, probe: Probe, made_by: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    asked: Fingerprint, source: Source, settings: Settings, probe: Probe, made_by: Mapping[str, Any] | None
+) -> Attributes:
     """The store's attributes.  Everything that affects the last bits of a result is under ``pinned``."""
     budget = options.memory_budget()
     stored = probe.map_elements * forecast.itemsize(settings.dtype) if settings.maps else 0
@@ -33,7 +35,7 @@ def attributes(
     chunk = min(settings.chunk or forecast.chunk_size(source.samples, stored, probe.input_bytes, sums), source.samples)
     whole = settings.maps or sums_only(source, probe)
     batch = settings.batch or forecast.batch_size(chunk, probe.map_bytes, whole, budget)
-    about: dict[str, Any] = {
+    about: Attributes = {
         "format": FORMAT,
         "keys": fingerprint.KEYS,
         "fingerprint": asked,
@@ -56,9 +58,12 @@ def attributes(
         "output": list(probe.outcome.outputs.shape[1:]),
         "program": str(probe.program) if probe.program else None,
         "finished": False,
-        **_padding(source),
     }
-    return about | ({"made_by": dict(made_by)} if made_by else {})
+    if source.padding is not None:
+        about["padding"] = _padding(source.padding)
+    if made_by:
+        about["made_by"] = dict(made_by)
+    return about
 
 
 def sums_only(source: Source, probe: Probe) -> bool:
@@ -66,7 +71,7 @@ def sums_only(source: Source, probe: Probe) -> bool:
     return probe.sums_only and source.padding is None
 
 
-def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str, Any]) -> list[Array]:
+def arrays(source: Source, settings: Settings, probe: Probe, about: Attributes) -> list[Array]:
     """The arrays of a new store: those written chunk by chunk, and those whose content is already known."""
     n, seeds, chunk = source.samples, probe.seeds, about["pinned"]["chunk"]
     outcome, inputs = probe.outcome, about["inputs"]
@@ -121,15 +126,11 @@ def _labels(source: Source, settings: Settings, out: tuple[int, ...]) -> list[Ar
     return listed
 
 
-def _padding(source: Source) -> dict[str, Any]:
-    """How the samples were padded, as in `sources.padding.Padding`."""
-    padding = source.padding
-    if padding is None:
-        return {}
+def _padding(padding: Padding) -> PaddingRecord:
     axes = [list(axis) for axis in padding.axes]
     lengths = [padding.shapes[k][a] for k, a in padding.axes]
     length = lengths[0] if lengths and len(set(lengths)) == 1 else None
-    return {"padding": {"value": padding.value, "length": length, "axes": axes, "gives": list(padding.gives)}}
+    return {"value": padding.value, "length": length, "axes": axes, "gives": list(padding.gives)}
 
 
 def _reduction(reduction: str, key: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:

@@ -18,11 +18,14 @@ from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
 from ...util.outputs import OneOutput, Sums, output_name
+from ...util.text import shorten
 from .. import methods
+from ..store.attributes import Attributes, CodeKey, Fingerprint, MethodKey, ModelKey, SourceKey, StoredKey, Versions
 from ..store.layout import dtype_name
 from .code import class_lines, code_lines, code_text, package_of
 from .settings import Settings
 
+SHOWN = 60  # characters of a value in a message
 KEYS = 3  # version of the keys of graph and plan; a store without it has version 1
 
 
@@ -30,7 +33,7 @@ class Mismatch(BadValue):
     """The store belongs to another run: another model, method or source."""
 
 
-def of_model(model: nn.Module, program: Program | None, unchanged: frozenset[str] | None = None) -> dict[str, Any]:
+def of_model(model: nn.Module, program: Program | None, unchanged: frozenset[str] | None = None) -> ModelKey:
     """Hashes of everything that determines the model's results: its weights and buffers, and its graph.
 
     For a model that was not captured, its modules and the code of their classes stand for the graph.  ``unchanged`` as
@@ -56,7 +59,7 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
         digest.update(flat.view(torch.uint8).numpy().data if not flat.is_complex() else flat.numpy().tobytes())
 
 
-def of_source(samples: int, rows_by_sample: Mapping[int, tuple[Tensor, ...]]) -> dict[str, Any]:
+def of_source(samples: int, rows_by_sample: Mapping[int, tuple[Tensor, ...]]) -> SourceKey:
     """Number of samples, shapes and dtypes, and a hash of the samples in ``rows_by_sample`` [1, *in], by index."""
     digest = hashlib.sha256()
     rows: tuple[Tensor, ...] = ()
@@ -102,7 +105,7 @@ def _plain(value: Any, unchanged: frozenset[str] | None = None) -> Any:
         name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
         return {"function": name, "code": _hash(code_text(value, unchanged))}
     raise BadValue(
-        f"arguments: got {type(value).__name__}, expected numbers, text, tensors, functions, or lists of such."
+        f"arguments: got {type(value).__name__}, expected numbers, text, tensors, functions, or lists of these."
     )
 
 
@@ -114,37 +117,45 @@ def code_before(model: nn.Module, settings: Settings) -> frozenset[str]:
 
 
 def of_run(
-    model: nn.Module, source: Mapping[str, Any], settings: Settings, program: Program | None,
+    model: nn.Module, source: SourceKey, settings: Settings, program: Program | None,
     unchanged: frozenset[str] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Fingerprint:  # fmt: skip
     """Everything that must agree for one run to continue another.
 
     ``source``: the result of `of_source`; ``unchanged``: that of `code_before`.
     """
-    stored = ("maps", "reductions", "top_features", "dtype", "compression")
-    return {
-        "model": of_model(model, program, unchanged),
-        "method": {
-            "method": settings.method,
-            "targets": of_targets(settings.targets),
-            **({} if settings.output is None else {"output": output_name(settings.output)}),
-            "arguments": {name: _plain(value, unchanged) for name, value in sorted(settings.arguments.items())},
-            **of_code(settings.method, settings.output, unchanged),
-        },
-        "source": source,
-        "stored": {name: getattr(settings, name) for name in stored},
+    method: MethodKey = {
+        "method": settings.method,
+        "targets": of_targets(settings.targets),
+        "arguments": {name: _plain(value, unchanged) for name, value in sorted(settings.arguments.items())},
+        **of_code(settings.method, settings.output, unchanged),
     }
+    if settings.output is not None:
+        method["output"] = output_name(settings.output)
+    stored: StoredKey = {
+        "maps": settings.maps,
+        "reductions": list(settings.reductions),
+        "top_features": settings.top_features,
+        "dtype": settings.dtype,
+        "compression": settings.compression,
+    }
+    return {"model": of_model(model, program, unchanged), "method": method, "source": source, "stored": stored}
 
 
-def of_code(method: str, output: Any, unchanged: frozenset[str] | None = None) -> dict[str, str]:
+def of_code(method: str, output: Any, unchanged: frozenset[str] | None = None) -> CodeKey:
     """Hashes of the caller's own code: of a method, and of a function that chooses the output."""
-    given = {"code": methods.METHODS.get(method), "output_code": output if callable(output) else None}
-    sums = {"output_code": str(output)} if isinstance(output, Sums) else {}  # a choice without a name or code
-    own = {k: f for k, f in given.items() if f is not None and package_of(f) != "gradkern"}
-    return sums | {k: _hash(code_text(f, unchanged)) for k, f in own.items()}
+    hashes: CodeKey = {}
+    function = methods.METHODS.get(method)
+    if function is not None and package_of(function) != "gradkern":
+        hashes["code"] = _hash(code_text(function, unchanged))
+    if isinstance(output, Sums):
+        hashes["output_code"] = str(output)  # it has no name, and its code does not say which sums
+    elif callable(output) and package_of(output) != "gradkern":
+        hashes["output_code"] = _hash(code_text(output, unchanged))
+    return hashes
 
 
-def of_machine() -> dict[str, Any]:
+def of_machine() -> Versions:
     """Versions and instruction set: a run that continues under others is equal only within rounding."""
     machine = ops.machine()
     return {
@@ -175,13 +186,13 @@ WORDS = {
 }
 
 
-def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
+def keys_version(about: Attributes | None = None) -> tuple[int, str]:
     """The version of a store's keys of graph and plan (None: the present one).  Keys of two versions are not
     comparable."""
     return (KEYS, _version("gradkern")) if about is None else (about.get("keys", 1), about["pinned"]["gradkern"])
 
 
-def sums_squares(about: Mapping[str, Any]) -> bool:
+def sums_squares(about: Attributes) -> bool:
     """Whether a store's statistics hold sums of squares, as in an earlier version, in place of deviations."""
     return int(about.get("keys", 1)) < 3
 
@@ -201,11 +212,10 @@ def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], 
                 differences.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")
     if differences:
         raise Mismatch(
-            f"{place} holds another run, and nothing was changed. {'; '.join(differences)}. Continue with what the "
-            "store was made with, or choose another place (gradkern never deletes results)."
+            f"{place} belongs to another run, and nothing was changed. {'; '.join(differences)}. Continue with "
+            "what the store was made with, or choose another place (gradkern never deletes results)."
         )
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(value if isinstance(value, str) else json.dumps(value), SHOWN)

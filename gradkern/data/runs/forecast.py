@@ -19,7 +19,7 @@ SMALLEST_CACHED = 32  # the least samples in such a batch
 class Forecast:
     """The size of a run, and the time that it will take.
 
-    ``memory_bytes`` is what the process will have at most in addition to model and source; None if it was not measured.
+    ``memory_bytes``: the peak memory of the process, without model and source; None if it was not measured.
     """
 
     samples: int
@@ -35,7 +35,7 @@ class Forecast:
         return self.samples / self.rate
 
     def __str__(self) -> str:
-        memory = "" if self.memory_bytes is None else f", {size(self.memory_bytes)} of memory beside model and source"
+        memory = "" if self.memory_bytes is None else f", {size(self.memory_bytes)} of memory besides model and source"
         return (
             f"{self.samples:,} samples in {self.chunks:,} chunks of {self.chunk:,} (batches of {self.batch:,}): "
             f"{size(self.write_bytes)} to write{memory}, about {duration(self.seconds)} at {self.rate:,.0f} samples/s"

@@ -1,4 +1,4 @@
-"""The beginning of a run: its store is created, or opened and found to be this run's."""
+"""Starts a run: creates its store, or opens an existing one and checks that it belongs to this run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ...util.options import BadType
 from ...util.outputs import OneOutput
 from ..sources import open_source
 from ..sources.padding import Pad
+from ..store.attributes import Fingerprint
 from ..store.layout import dtype_name
 from ..store.results import TOLERANCE, Results
 from . import contents, fingerprint
@@ -39,11 +40,11 @@ def open_run(
     rows = open_source(source, columns, input_dtype, pad).for_model(model)
     model = model if settings.output is None else OneOutput(model, settings.output)
     results = Results.open(out, read_only=False) if Results.exists(out) else None
-    pinned = dict(results.about["pinned"]) if results else {}
-    pin_isa(pinned.get("isa"))
+    pinned = results.pinned if results else None
+    pin_isa(pinned.get("isa") if pinned else None)
     spot_samples, code = SpotSamples.of(rows), fingerprint.code_before(model, settings)
     with pinning(pinned, settings):
-        probe = probe_run(model, spot_samples, rows.samples, settings, pinned.get("engine"))
+        probe = probe_run(model, spot_samples, rows.samples, settings, pinned["engine"] if pinned else None)
     asked = fingerprint.of_run(
         model, fingerprint.of_source(rows.samples, spot_samples.rows), settings, probe.program, code
     )
@@ -55,19 +56,20 @@ def open_run(
     fingerprint.check_same(str(out), results.about["fingerprint"], asked, graph=same_keys)
     _check_pinned(results, settings)
     _check_labels(results, settings)
-    task = Task(model, rows, settings, results, probe, differences(results.about["pinned"], probe, plan=same_keys))
+    _adopt_nonfinite(results, settings)
+    task = Task(model, rows, settings, results, probe, differences(results.pinned, probe, plan=same_keys))
     if not same_keys:
         _check_earlier(task, asked)
     return task
 
 
-def _check_earlier(task: Task, asked: Mapping[str, Any]) -> None:
+def _check_earlier(task: Task, asked: Fingerprint) -> None:
     """Check whether a store with keys of another version belongs to this run, by repeating one finished chunk.
 
     Raises `fingerprint.Mismatch` if it belongs to another run; adds a note if only the last bits differ.
     """
     about = task.results.about
-    if (about["fingerprint"]["model"]["graph"], task.pinned["plan"]) == (
+    if (about["fingerprint"]["model"]["graph"], task.pinned.get("plan")) == (
         asked["model"]["graph"], task.probe.plan_key()
     ):  # fmt: skip
         return
@@ -84,7 +86,7 @@ def _check_earlier(task: Task, asked: Mapping[str, Any]) -> None:
     tolerance = TOLERANCE[dtype_name(now.dtype)]
     if not rounding.close_elements(now.double(), before, tolerance):
         raise fingerprint.Mismatch(
-            f"{task.results.place} holds another run, and nothing was changed: the model now predicts something "
+            f"{task.results.place} belongs to another run, and nothing was changed: the model now predicts something "
             f"else for the samples {start} … {stop - 1}. Choose another place, or the model of the store."
         )
     same = task.settings.maps or node[0] == 0
@@ -99,31 +101,35 @@ def _check_earlier(task: Task, asked: Mapping[str, Any]) -> None:
 
 
 def _check_pinned(results: Results, settings: Settings) -> None:
-    """Raise `fingerprint.Mismatch` if the caller asks for another chunk, batch, engine, number of threads or treatment
-    of samples that are not finite than the store's."""
-    pinned = results.about["pinned"]
-    asked = {
-        "chunk": settings.chunk and min(settings.chunk, results.samples),
-        "batch": settings.batch and min(settings.batch, results.chunk),
-        "threads": settings.threads,
-        "engine": None if settings.engine == "auto" else settings.engine,
+    """Raise `fingerprint.Mismatch` if the store was made with another chunk, batch, engine, number of threads or
+    ``nonfinite`` than the caller requests."""
+    pinned, about = results.pinned, results.about
+    no_kernels = (
+        about.get("program") is None and about.get("engine") != "autograd"
+    )  # though they may have been requested
+    engine = None if settings.engine == "auto" or (settings.engine == "kernel" and no_kernels) else settings.engine
+    before = about.get("nonfinite", "keep")
+    nonfinite = None if before == "error" else settings.nonfinite  # `_adopt_nonfinite` takes another choice
+    requested = {
+        "chunk": (pinned["chunk"], settings.chunk and min(settings.chunk, results.samples)),
+        "batch": (pinned["batch"], settings.batch and min(settings.batch, results.chunk)),
+        "threads": (pinned["threads"], settings.threads),
+        "engine": (pinned["engine"], engine),
+        "nonfinite": (before, nonfinite),
     }
-    if settings.engine == "kernel" and results.about["program"] is None and results.about.get("engine") != "autograd":
-        asked["engine"] = None  # kernels were asked for, and the network has none
-    differing = [f"{k} {pinned[k]}, this call asks for {v}" for k, v in asked.items() if v and v != pinned[k]]
-    before, now = results.about.get("nonfinite", "keep"), settings.nonfinite
-    if now and now != before:
-        if before != "error":  # a run that stopped at an error may continue with another: it has counted no such sample
-            differing.append(f"nonfinite {before}, this call asks for {now}")
-        elif not results.about["finished"] and not differing:
-            results.about["nonfinite"] = now
-            results.write_attributes()
+    differing = [f"{k} {old}, this call asks for {new}" for k, (old, new) in requested.items() if new and new != old]
     if differing:
         raise fingerprint.Mismatch(
-            f"{results.place} was begun with {'; '.join(differing)}; nothing was changed. A run keeps what it was "
-            "begun with, so that its result is the same to the last bit: leave these arguments out, or choose another "
-            "place."
+            f"{results.place} was started with {'; '.join(differing)}; nothing was changed. A run keeps its "
+            "settings, so that its result is the same to the last bit: omit these arguments, or choose another place."
         )
+
+
+def _adopt_nonfinite(results: Results, settings: Settings) -> None:
+    """Record another ``nonfinite`` for a run that stopped at an error, which has counted no such sample so far."""
+    if settings.nonfinite and results.about.get("nonfinite") == "error" and not results.finished:
+        results.about["nonfinite"] = settings.nonfinite
+        results.write_attributes()
 
 
 def _check_labels(results: Results, settings: Settings) -> None:
@@ -132,6 +138,6 @@ def _check_labels(results: Results, settings: Settings) -> None:
         if given is not None and given != stored:
             has = "none" if stored is None else "others"
             raise fingerprint.Mismatch(
-                f"{what}: {results.place} was begun with {has}; nothing was changed. Leave {what} out, or "
+                f"{what}: {results.place} was started with {has}; nothing was changed. Leave {what} out, or "
                 "choose another place."
             )

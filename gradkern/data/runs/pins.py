@@ -12,23 +12,24 @@ import torch
 from ...dispatch import ways
 from ...runtime import ops
 from ...util import options
+from ..store.attributes import Pinned
 from . import fingerprint
 from .probe import Probe
 from .settings import Settings
 
 
 @contextmanager
-def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
+def pinning(pinned: Pinned | None, settings: Settings) -> Iterator[None]:
     """Inside, the store's threads, memory budget, precision and way hold, or else the caller's."""
     threads, precision = torch.get_num_threads(), ops.precision()
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        stack.callback(torch.set_float32_matmul_precision, precision)
         if pinned:
             stack.enter_context(options.use(memory_budget=pinned["memory_budget"]))
             stack.enter_context(ways.pinned(pinned.get("way")))
-        stack.callback(torch.set_num_threads, threads)
-        stack.callback(torch.set_float32_matmul_precision, precision)
-        torch.set_num_threads(pinned.get("threads") or settings.threads or threads)
-        torch.set_float32_matmul_precision(pinned.get("precision") or precision)
+            torch.set_float32_matmul_precision(pinned.get("precision", precision))
+        torch.set_num_threads(pinned["threads"] if pinned else settings.threads or threads)
         yield
 
 
@@ -68,7 +69,7 @@ def differences(pinned: Mapping[str, Any], probe: Probe, *, plan: bool = True) -
 
     ``plan``: also compare the plans' keys, which makes sense only if both have the same version.
     """
-    now: dict[str, Any] = fingerprint.of_machine() | {"engine": probe.engine}
+    now: dict[str, Any] = {**fingerprint.of_machine()} | {"engine": probe.engine}
     if plan and now["isa"] == pinned["isa"]:
         now["plan"] = probe.plan_key()
     return [f"{k} {now[k]} instead of {pinned[k]}" for k in now if k != "python" and now[k] != pinned[k]]

@@ -6,7 +6,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..store.layout import dtype_name
 from ..store.results import Results
 from .forecast import Forecast, itemsize
 from .opening import open_run
-from .settings import settings_of
+from .settings import RunOptions, Settings, settings_of
 from .shards import Shard, owned_chunks
 from .task import Task
 
@@ -29,17 +29,17 @@ LEAST_TRIED, TRIAL_SECONDS = 32, 0.5
 
 def plan(
     model: nn.Module, source: Any, out: str | Path | None = None, method: str | None = None, targets: Any = None, *,
-    columns: Any = None, input_dtype: torch.dtype | None = None, pad: Pad | None = None, shard: Shard = (0, 1),
-    **options: Any,
+    settings: Settings | None = None, columns: Any = None, input_dtype: torch.dtype | None = None,
+    pad: Pad | None = None, shard: Shard = (0, 1), **options: Unpack[RunOptions],
 ) -> Forecast:  # fmt: skip
     """The samples, chunks, bytes and seconds of `gradkern.run` with the same arguments, from running a batch.
 
-    The memory is by how much the process will grow at its peak, from the call of `gradkern.run` on: what preparing the
-    run and computing a batch take here, and the chunks that will wait to be computed or written.
+    ``memory_bytes`` of the result is by how much the process will grow during `gradkern.run`, at its peak: the measured
+    memory of preparing the run and of computing a batch, plus the chunks that wait to be computed or written.
 
     Nothing is written to ``out``.  If a store exists there, its finished chunks are not counted.
     """
-    settings = settings_of("plan", None, {"method": method, "targets": targets, **options})
+    settings = settings_of("plan", settings, {"method": method, "targets": targets, **options})
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         place = out if out is not None and Results.exists(out) else Path(folder, "plan.zarr")
         with Growth() as making:
@@ -77,7 +77,7 @@ def _with_trial(task: Task, forecast: Forecast, making: Growth) -> Forecast:
 
 
 class Trial(NamedTuple):
-    """``bytes``: the most that computing some samples takes beside what `_held_bytes` counts."""
+    """``bytes``: the peak memory of computing some samples, without what `_held_bytes` counts."""
 
     bytes: int
     cpu_seconds: float

@@ -43,7 +43,7 @@ class Probe:
     inputs: tuple[Tensor, ...]
     rate: float
     spot_samples: SpotSamples  # the samples that were read
-    way: Way | None = None  # the way that gradients go, if kernels and autograd were compared
+    way: Way | None = None  # how gradients are computed, if kernels and autograd were compared
     sums_only: bool = False  # kernels add the maps to statistics, and keep none
 
     @property
@@ -96,8 +96,8 @@ def probe_run(
 ) -> Probe:
     """Capture, and run the method on a few of the samples that were read, which are spread over all ``samples``.
 
-    ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
-    chunks, in all processes, go the same way.
+    ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared once, so that
+    all chunks, in all processes, use the same of the two.
     """
     device = device_of(model)
     chosen = choose_samples(model, spot_samples, device)
@@ -109,8 +109,7 @@ def probe_run(
     engine = pinned or options.engine(settings.engine)
     program = None
     if engine != "autograd":
-        prepared = api.prepare(model, inputs)
-        program = None if prepared is None else prepared.program
+        program = api.prepare(model, inputs, engine=engine).program
         engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
     if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)
@@ -137,7 +136,7 @@ def check_count(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Raise `BadValue` if ``forward`` takes another number of inputs than a sample has."""
     try:
         forward = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # it does not say
+    except (TypeError, ValueError):  # the signature is unknown
         return
     try:
         forward.bind(*inputs)
@@ -150,12 +149,12 @@ def check_count(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Raise `BadType`, with the way out, for inputs without derivatives, and for those that the model cannot take."""
+    """Raise `BadType`, saying what to do, for inputs without derivatives, or of a dtype that the model cannot take."""
     kinds = ", ".join(str(x.dtype).removeprefix("torch.") for x in inputs)
     if not any(x.is_floating_point() for x in inputs):
         raise BadType(
             f"source: its samples are {kinds}, and only floating numbers have gradients: input_dtype=torch.float32 "
-            "(--cast float32); of complex ones give torch.view_as_real(x)."
+            "(--input-dtype float32); of complex ones give torch.view_as_real(x)."
         )
     wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if wanted is None or all(x.dtype == wanted for x in inputs if x.is_floating_point()):
@@ -168,8 +167,8 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
             return  # the cause is not the dtype; the run will raise the error
         name = str(wanted).removeprefix("torch.")
         raise BadType(
-            f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--cast {name}), or the "
-            "model in the dtype of the samples."
+            f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--input-dtype {name}), "
+            "or convert the model to the dtype of the samples."
         ) from error
 
 

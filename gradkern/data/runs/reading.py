@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadValue
+from ...util.samples import spread_indices
 from ..sources import Source
 from ..sources.registry import Span
 from ..store.checks import UNKNOWN, checksum
@@ -23,11 +24,6 @@ from .fingerprint import Mismatch
 
 SPOT_SAMPLES = 32  # samples that are read alone
 SHOWN = 5
-
-
-def spread_indices(count: int, samples: int) -> list[int]:
-    """``count`` indices of samples, evenly spread over all, the first and the last among them."""
-    return sorted({int(i) for i in np.linspace(0, samples - 1, min(count, samples))})
 
 
 def _checksum(rows: Sequence[Tensor]) -> int:
@@ -42,7 +38,7 @@ class SpotSamples:
 
     @classmethod
     def of(cls, source: Source) -> SpotSamples:
-        return cls({i: source.read(i, i + 1) for i in spread_indices(SPOT_SAMPLES, source.samples)})
+        return cls({i: source.read(i, i + 1) for i in spread_indices(source.samples, SPOT_SAMPLES)})
 
     @property
     def copied_bytes(self) -> int:
@@ -51,7 +47,7 @@ class SpotSamples:
         return sum(x.nbytes for x in first if x.untyped_storage().nbytes() == x.nbytes)
 
     def check(self, rows: tuple[Tensor, ...], start: int, stop: int) -> None:
-        """Raise `BadValue` if a row of ``start:stop`` is not the sample of that number."""
+        """Raise `BadValue` if a row of ``start:stop`` differs from the sample that was read alone."""
         first = next(iter(self.rows.values()))
         for x, one in zip(rows, first, strict=True):
             if x.shape[1:] != one.shape[1:] or x.dtype != one.dtype:
@@ -66,7 +62,7 @@ class SpotSamples:
                     f"source: sample {i} read alone is not row {i - start} of the samples {start} … {stop - 1} read "
                     "together. Either the rows are not in the order of the samples, or reading is random (an "
                     "augmentation?). A run that can be continued needs the same sample every time; trust_source=True "
-                    "(--trust-source) does without."
+                    "(--trust-source) turns this check off."
                 )
 
 
@@ -105,9 +101,9 @@ class Reading:
         if changed:
             spans = ", ".join(f"{a} … {b - 1}" for a, b in changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
             raise Mismatch(
-                f"{self.results.place} holds another run, and nothing was changed: the samples {spans} were others "
-                "when their chunks were computed. Continue with the source that the store was made with, or choose "
-                "another place (gradkern never deletes results)."
+                f"{self.results.place} belongs to another run, and nothing was changed: the samples {spans} have "
+                "changed since their chunks were computed. Continue with the source that the store was made with, or "
+                "choose another place (gradkern never deletes results)."
             )
 
     def _recorded_checksums(self) -> dict[int, int]:

@@ -25,12 +25,11 @@ from torch import nn
 from ...util import options as choices
 from ...util.memory import give_back
 from ...util.options import GradkernWarning
-from ...util.progress import showing_progress
+from ...util.progress import progress_bar, showing_progress
 from ..sources.padding import Pad
 from ..store import locks
 from ..store.results import Results
 from .opening import open_run
-from .progress import progress_bar
 from .settings import RunOptions, Settings, settings_of
 from .shards import Shard, owned_chunks
 from .task import Computed, Task
@@ -76,7 +75,8 @@ def run(
         As in `gradkern.jacobian`: None (all), a list of outputs, ``TopK(k)``, or a tensor ``[N, S]``.
     settings
         ``method``, ``targets`` and all of ``options`` as one value, `gradkern.data.Settings`, in place of keywords.
-        A keyword that is None counts as not given.
+        A keyword that is None counts as not given.  The arguments below are not among the settings: they concern the
+        source, or this process alone.
     columns, input_dtype
         The fields of a sample that are the model's inputs; the dtype that inputs are cast to.
     pad
@@ -89,6 +89,9 @@ def run(
         store.
     progress
         True or False; None shows a bar in a terminal only.
+    made_by
+        Text about the run's origin by name, such as ``{"model": "net.pt2", "source": "x.npy"}``, which the store keeps
+        and the report shows.  It does not affect the run.
     **options
         ``maps=True``: store the maps themselves.
         ``reductions=()``: statistics over samples (``"mean_abs"``, ``"mean"``, ``"variance"``, ``"max_abs"``,
@@ -110,12 +113,12 @@ def run(
     Returns
     -------
     Results
-        The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
+        The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.finished``, ``.exact``, ``.notes``.
     """
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
     owned_chunks(1, shard)  # an invalid shard is refused before anything is created
     if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
-        settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
+        settings = replace(settings, engine="kernel")  # shards in separate stores must all use the same engine
     with disk_full(out):
         task = open_run(
             model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by, pad=pad
@@ -140,7 +143,7 @@ def disk_full(out: str | Path) -> Iterator[None]:
         finished = ""
         try:
             results = Results.open(out)
-            finished = f" with {results.done} of {results.chunks} chunks finished. They are kept"
+            finished = f" with {results.finished_chunks} of {results.chunks} chunks finished. They are kept"
         except (OSError, ValueError):  # there was not even the space to create the store
             finished = ", nothing was computed yet"
         raise DiskFull(
@@ -151,7 +154,7 @@ def disk_full(out: str | Path) -> Iterator[None]:
 def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
     """Compute the chunks of ``owned_chunks`` that are not finished; return their number.
 
-    Raises `locks.Busy` if another run is at work on some of them, and `Mismatch` if a finished one was computed from
+    Raises `locks.Busy` if another run is computing some of them, and `Mismatch` if a finished one was computed from
     other samples.
     """
     task.reading.check_finished(task.results.ledger.finished() & set(owned_chunks))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, TypedDict, get_args
 
 from ...util.options import BadValue, Engine
 from ...util.outputs import Output, check_output_choice
 from .. import statistics
+from ..store.attributes import Nonfinite
 from ..store.labels import read_text
 from ..store.layout import STORED_AS, codecs
-
-Nonfinite = Literal["error", "skip", "keep"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class CommonOptions(TypedDict, total=False):
 
 
 class RunOptions(CommonOptions, total=False):
-    """All fields of `Settings` that are keywords (method and target are positional too)."""
+    """All fields of `Settings` that are keywords only (``method`` and ``targets`` may also be positional)."""
 
     maps: bool
     reductions: Sequence[str] | str
@@ -102,7 +101,7 @@ def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, A
         return Settings(**given)
     if given:
         raise BadValue(
-            f"{caller}: got {', '.join(sorted(given))} beside settings=. Say it in one place: "
+            f"{caller}: got {', '.join(sorted(given))} together with settings=. Pass only one of them: "
             f"dataclasses.replace(settings, {min(given)}=...), or keywords alone."
         )
     return settings

@@ -36,18 +36,18 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
     for other in others:
         same_keys = fingerprint.keys_version(other.about) == fingerprint.keys_version(results.about)
         fingerprint.check_same(other.place, results.about["fingerprint"], other.about["fingerprint"], graph=same_keys)
-        if any(other.about["pinned"][k] != results.about["pinned"][k] for k in ("chunk", "batch")):
+        if (other.pinned["chunk"], other.pinned["batch"]) != (results.pinned["chunk"], results.pinned["batch"]):
             raise fingerprint.Mismatch(
                 f"{other.place} has another chunk grid than {results.place}. Give all shards one chunk= and batch=."
             )
         both = [r.about for r in (results, other)]
-        if results.about["reductions"] and len(set(map(fingerprint.sums_squares, both))) > 1:
+        if results.reductions and len(set(map(fingerprint.sums_squares, both))) > 1:
             raise fingerprint.Mismatch(
                 f"{other.place} and {results.place} are of versions with other statistics. Run that shard again."
             )
         if (other.ids, other.names) != (results.ids, results.names):
             raise fingerprint.Mismatch(f"{other.place} has other ids or names than {results.place}.")
-        notes[other.place] = pins.unlike(results.about["pinned"], other.about["pinned"], plan=same_keys)
+        notes[other.place] = pins.unlike(results.pinned, other.pinned, plan=same_keys)
     if others:
         with locks.hold(results.store, range(results.chunks)):
             for other in others:

@@ -40,7 +40,7 @@ class Task:
         self.method = methods.find(settings.method, settings.arguments)
         self.device = device_of(model)
         self.transfer = Transfer(self.device)
-        self.pinned = results.about["pinned"]
+        self.pinned = results.pinned
         self.nonfinite = results.about.get("nonfinite", "keep")
         self.batch = int(self.pinned["batch"])
         self.sums_only = contents.sums_only(source, probe)

@@ -1,4 +1,4 @@
-"""`verify` compares a store with what was written, and `repair` computes again what is damaged."""
+"""`verify` finds damaged data in a store by checksums, and `repair` recomputes it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import nn
 
 from ...dispatch.targets import TopK
 from ...util.options import BadValue
+from ...util.renamed import renamed_argument
 from .. import statistics
 from ..sources import Source, Span, open_source
 from ..store import checks, durable, labels, layout, locks
+from ..store.attributes import Attributes
 from ..store.durable import Damaged
 from ..store.ledger import ChunkRecord, RecordLost, TreeNode
 from ..store.results import Results
@@ -36,11 +38,11 @@ SHOWN = 8
 class Verdict:
     """The findings of `verify`.
 
-    ``files``: damaged or missing descriptions of arrays, and arrays that never change.  The rest is looked at only
-    where these are whole.  ``records``: damaged records of the ledger, with the chunks that they stood for.
-    ``chunks``: the arrays whose rows are damaged, by chunk.  ``reductions``: damaged results of statistics.
-    ``unfinished``: chunks that were never finished, or whose record is gone.  ``unchecked``: chunks of an earlier
-    version, which have no checksums: they were only read.
+    ``files``: damaged or missing metadata files and constant arrays.  Everything else is checked only if these are
+    intact.  ``records``: damaged records of the ledger, with the chunks that they covered.  ``chunks``: the arrays
+    whose rows are damaged, by chunk.  ``reductions``: damaged results of statistics.  ``unfinished``: the number of
+    chunks that were never finished, or whose record is missing.  ``unchecked``: the number of chunks without checksums,
+    written by an earlier version; they are only read.
     """
 
     place: str
@@ -51,7 +53,7 @@ class Verdict:
     unfinished: int = 0
     unchecked: int = 0
     finished: bool = False
-    spans: tuple[Span, ...] = ()  # the samples whose chunks have to be computed again
+    spans: tuple[Span, ...] = ()  # the samples whose chunks have to be recomputed
 
     @property
     def ok(self) -> bool:
@@ -71,7 +73,7 @@ class Verdict:
         if self.reductions:
             lines.append(f"damaged statistics: {', '.join(self.reductions)}")
         if self.spans:
-            lines.append(f"samples to compute again: {_few([f'{a} … {b - 1}' for a, b in self.spans])}")
+            lines.append(f"samples to recompute: {_few([f'{a} … {b - 1}' for a, b in self.spans])}")
         if self.unfinished:
             lost = ", though the store was complete" if self.finished else ""
             lines.append(f"{self.unfinished} chunks are not finished{lost}")
@@ -90,12 +92,13 @@ def _few(items: list[Any]) -> str:
 # Verifying
 
 
-def verify(place: str | Path) -> Verdict:
+@renamed_argument("place", "store")
+def verify(store: str | Path) -> Verdict:
     """Read a whole store and compare it with the checksums that were taken when it was written.
 
-    Changes nothing.  `repair` does again what is damaged.  Raises `BadValue` if there is no store.
+    The store is not changed; `repair` recomputes what is damaged.  Raises `BadValue` if there is no store.
     """
-    text = str(place)
+    text = str(store)
     if not Results.exists(text):
         raise BadValue(f"there is no store at {text}.")
     files = _damaged_files(durable.store_at(text, read_only=True))
@@ -104,7 +107,7 @@ def verify(place: str | Path) -> Verdict:
     results = Results.open(text)
     records, lost = _records(results)
     chunks, unchecked = _damaged_chunks(results, records)
-    finished = bool(results.about["finished"])
+    finished = results.finished
     unfinished = results.chunks - sum(len(results.ledger.span(n)) for n in (*records, *lost))
     reductions = () if lost or unfinished or not finished else _damaged_reductions(results)
     again = sorted({*chunks, *(c for span in lost.values() for c in span)})
@@ -115,7 +118,7 @@ def verify(place: str | Path) -> Verdict:
 
 
 def _damaged_files(store: Any) -> tuple[str, ...]:
-    """The files that are not as they were at creation; none can be told in a store of an earlier version."""
+    """The files that differ from their state at creation; a store of an earlier version does not tell."""
     backup, root = checks.read_backup(store), durable.get(store, ROOT)
     if backup is None:
         about = _description(root)
@@ -184,7 +187,7 @@ def _records(results: Results) -> tuple[dict[TreeNode, ChunkRecord], dict[TreeNo
                 lost[node], missing = ledger.span(node), missing or isinstance(error, RecordLost)
         if not missing or nodes == before:
             return records, lost
-        before, nodes = nodes, ledger.nodes()  # a run at work may have joined them
+        before, nodes = nodes, ledger.nodes()  # a concurrent run may have merged them
 
 
 def _damaged_chunks(
@@ -211,17 +214,17 @@ def _as_written(results: Results, name: str, chunk: int, recorded: int) -> bool:
     start, stop = results.span(chunk)
     try:
         rows = np.asarray(results.array(name)[start:stop])
-    except Exception:  # whatever a codec says to bytes that are not its own
+    except Exception:  # whatever a codec raises for corrupt bytes
         return False
     return recorded in (checks.UNKNOWN, checks.checksum([rows]))
 
 
 def _damaged_reductions(results: Results) -> tuple[str, ...]:
-    total, names = results.ledger.total(), results.about["inputs"]
+    total, names = results.ledger.total(), results.inputs
     assert total is not None
     damaged = []
     for i, name in enumerate(names):
-        for reduction, value in statistics.finish(results.about["reductions"], total.sums, name).items():
+        for reduction, value in statistics.finish(results.reductions, total.sums, name).items():
             key = layout.reduction_key(reduction, names, i)
             try:
                 array = results.array(key)
@@ -248,17 +251,18 @@ def _join_spans(spans: list[Span]) -> tuple[Span, ...]:
 # Repairing
 
 
+@renamed_argument("place", "store")
 def repair(
-    place: str | Path, model: nn.Module, source: Any, *, settings: Settings | None = None, columns: Any = None,
+    store: str | Path, model: nn.Module, source: Any, *, settings: Settings | None = None, columns: Any = None,
     input_dtype: torch.dtype | None = None, progress: bool | None = None,
 ) -> Results:  # fmt: skip
-    """Do again what `verify` finds damaged, with the run's own model and source; what is whole stays as it is.
+    """Recompute what `verify` finds damaged, from the run's own model and source; intact data is not touched.
 
-    ``settings``: those of the run, where the store has only a hash of its targets or arguments.  The result is
-    bit-equal to what was there before, which the checksums confirm; otherwise the store notes the difference.  Raises
-    `fingerprint.Mismatch` for another model or source, and `store.locks.Busy` while a run is at work.
+    ``settings``: the settings of the run, needed if the store holds only a hash of its targets or arguments.  The
+    recomputed data is bit-equal to the original, which the checksums confirm; if it is not, a note in the store says
+    so.  Raises `fingerprint.Mismatch` for another model or source, and `store.locks.Busy` while a run is writing.
     """
-    text = str(place)
+    text = str(store)
     with disk_full(text):
         _restore_files(text)
         verdict = verify(text)
@@ -272,7 +276,7 @@ def repair(
 
 
 def as_padded(source: Any, columns: Any, input_dtype: torch.dtype | None, results: Results) -> Source:
-    """The source, padded as it was in a run."""
+    """The source, padded as it was in the run of ``results``."""
     padding = results.about.get("padding")
     rows = open_source(source, columns, input_dtype)
     if padding is None or rows.padding is not None:
@@ -315,7 +319,7 @@ def _redo(
     results = task.results
     for node in verdict.records:
         durable.delete(results.store, results.ledger.key(node))
-    if results.about["finished"]:
+    if results.finished:
         results.about["finished"] = False  # until `complete` has written the reductions again
         results.write_attributes()
     with task.ready():
@@ -326,7 +330,7 @@ def _redo(
 
 
 def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
-    """Compute a chunk again, and write those of its arrays that are damaged."""
+    """Recompute a chunk, and write those of its arrays that are damaged."""
     ledger = task.results.ledger
     node = next(n for n in ledger.nodes() if chunk in ledger.span(n))
     record, at = ledger.read(node), chunk - ledger.span(node)[0]
@@ -334,7 +338,7 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
     rows, read = next(task.reading.stream([chunk]))
     if checks.UNKNOWN not in (read, recorded.get("source", checks.UNKNOWN)) and read != recorded["source"]:
         start, stop = task.results.span(chunk)
-        raise Mismatch(f"{task.results.place}: the samples {start} … {stop - 1} were others when they were computed.")
+        raise Mismatch(f"{task.results.place}: the samples {start} … {stop - 1} have changed since they were computed.")
     computed = task.compute(chunk, task.transfer.upload(rows))
     stored, _ = to_stored(computed.rows(), task.maps_dtype)
     task.results.write(chunk, {name: stored[name] for name in names})
@@ -346,7 +350,7 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
         ledger.amend(chunk, others, task.notes or (["repaired, other bits"] if differs else []))
 
 
-def settings_of_store(about: Mapping[str, Any]) -> Settings:
+def settings_of_store(about: Attributes) -> Settings:
     """The settings that a store was made with, as far as it holds them.  Raises `BadValue` if it has only a hash."""
     fingerprint, pinned = about["fingerprint"], about["pinned"]
     of_method = fingerprint["method"]

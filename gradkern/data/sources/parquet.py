@@ -121,7 +121,7 @@ def refuse_twice(names: Sequence[Any]) -> None:
     seen: set[Any] = set()
     for name in names:
         if name in seen:
-            raise BadValue(f"source: the table has several columns named {name!r}. Give each a name of its own.")
+            raise BadValue(f"source: the table has several columns named {name!r}. Rename them.")
         seen.add(name)
 
 

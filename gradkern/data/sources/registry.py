@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue, InputError
+from ...util.text import shorten
 from .columns import NotNumbers, Rows, stack_rows
 from .padding import Pad, Padding, taken_by
 
@@ -116,8 +117,8 @@ class Source(ABC):
     def prepared(self, given: tuple[Rows, ...], start: int, stop: int) -> tuple[Tensor, ...]:
         """Rows ``[stop - start, *in]``, checked, and padded or cast if that was requested.
 
-        A single input is always cast.  Of several inputs, whole numbers beside a floating input are not cast (except
-        bytes), because they usually are indices.
+        A single input is always cast.  Of several inputs, integers (except bytes) are not cast if another input is
+        floating, because they are usually indices.
         """
         check_rows(given, start, stop)
         rows = tuple(stack_rows(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
@@ -148,7 +149,7 @@ class Source(ABC):
         return self
 
     def for_model(self, model: Any) -> Self:
-        """Give the model, beside padded inputs, the lengths or the mask that its ``forward`` takes."""
+        """Add the lengths or the mask that the model's ``forward`` takes to the padded inputs."""
         if self.padding is not None:
             self.padding = replace(self.padding, gives=taken_by(model, len(self.padding.shapes)))
         return self
@@ -163,7 +164,7 @@ def one_line(error: Exception) -> str:
     """The message of an error in one line."""
     text = " ".join(str(error).split())
     text = text.removeprefix("source: ") if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-    return (text if len(text) <= LONGEST else f"{text[:LONGEST]} …").rstrip(" .:")
+    return shorten(text, LONGEST).rstrip(" .:")
 
 
 def check_rows(given: Sequence[Rows], start: int, stop: int) -> None:

@@ -25,7 +25,7 @@ from .registry import Source, check_rows, is_pattern, matching, open_source, reg
 class Table(Source):
     """A table whose columns of numbers are the features of one input ``[N, columns]``, in the order of ``columns``.
 
-    A column of lists or arrays is an input of its own.
+    A column of lists or arrays is a separate input.
     """
 
     about = "a pandas DataFrame"

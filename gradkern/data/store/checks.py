@@ -6,7 +6,6 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -30,7 +29,7 @@ def checksum(arrays: Iterable[np.ndarray]) -> int:
     return value or 1
 
 
-def of_attributes(about: Mapping[str, Any]) -> int:
+def of_attributes(about: Mapping[str, object]) -> int:
     """The checksum of a store's attributes, which is kept among them."""
     content = {name: value for name, value in about.items() if name != "checksum"}
     return google_crc32c.value(json.dumps(content, sort_keys=True).encode()) or 1

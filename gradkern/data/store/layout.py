@@ -19,6 +19,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from ...util.options import BadValue
 from . import checks
+from .attributes import Attributes
 
 STORED_AS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
 FILL_VALUES = {
@@ -83,9 +84,9 @@ def codecs(compression: str) -> Any:
     return BloscCodec(cname="zstd", clevel=int(level or 3), shuffle="bitshuffle")
 
 
-def create_arrays(store: Store, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> None:
+def create_arrays(store: Store, arrays: Sequence[Array], attributes: Attributes, compression: str) -> None:
     """Make the arrays and attributes of a new store, and a copy of both for `gradkern.data.verify`."""
-    about = json.loads(json.dumps(about))
+    about = json.loads(json.dumps(attributes))
     group = zarr.create_group(store, attributes={"gradkern": {**about, "checksum": checks.of_attributes(about)}})
     for a in arrays:
         array = group.create_array(

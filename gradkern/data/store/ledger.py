@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -129,14 +129,14 @@ class Ledger:
         content = durable.get(self.store, self.key(node))
         if content is None:
             raise RecordLost(
-                f"the store has lost its record {self.key(node)}. `gradkern verify` says what it stood for."
+                f"the record {self.key(node)} is missing. `gradkern verify` lists the samples that it covered."
             )
         try:
             return ChunkRecord.from_bytes(content, len(self.span(node)))
         except ValueError as error:
             raise Damaged(
                 f"{self.key(node)} is damaged ({error}). `gradkern verify STORE --repair`, or gradkern.data.repair, "
-                "computes again what it stood for."
+                "recomputes the chunks that it covered."
             ) from error
 
     def _own(self, node: TreeNode) -> ChunkRecord:
@@ -217,7 +217,7 @@ class Ledger:
                 if nodes == before:
                     raise
 
-    def total(self, progress: Callable[[int], None] = lambda level: None) -> ChunkRecord | None:
+    def total(self) -> ChunkRecord | None:
         """The record of all chunks together; None as long as some are missing."""
         records = self.records()
         level = 0
@@ -225,7 +225,6 @@ class Ledger:
             count = -(-self.chunks // (1 << level))
             if count == 1:
                 return records.get((level, 0))
-            progress(level)
             for number in range(0, count, 2):
                 left, right = (level, number), (level, number + 1)
                 if left in records and (right in records or number + 1 >= count):

@@ -33,7 +33,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 
 class Busy(BadValue):
-    """Another run is at work on some of the same chunks."""
+    """Another run is computing some of the same chunks."""
 
 
 class _Held:
@@ -175,6 +175,6 @@ def _words(root: Path, chunks: range) -> str:
         if _alive(about)
     ]
     return (
-        f"{root}: {' and '.join(holders) or 'another run'} is at work on the chunks {chunks[0]} … {chunks[-1]}, and "
-        "nothing was changed. Wait for its end, or give each run a shard of its own (shard=)."
+        f"{root}: {' and '.join(holders) or 'another run'} is computing the chunks {chunks[0]} … {chunks[-1]}, and "
+        "nothing was changed. Wait until it has finished, or give each run its own shard (shard=)."
     )

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,11 +34,12 @@ from torch import Tensor
 from zarr.abc.store import Store
 
 from ...util.options import BadValue
-from ...util.renamed import renamed_argument
+from ...util.renamed import note, renamed_argument
 from ...util.untrusted import check_links, local_path
 from .. import statistics
 from ..sources.padding import mask_of
 from . import checks, durable, labels, layout, locks, trust
+from .attributes import Attributes, Counts, Pinned
 from .durable import Damaged
 from .layout import Array
 from .ledger import FOLDER, NAMED, ChunkRecord, Ledger
@@ -51,13 +52,18 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3
 
 
 class Results:
-    """An open store.  ``about`` holds its attributes: fingerprint, pinned settings, versions."""
+    """An open store.
+
+    ``array(name)`` gives an array, ``reduction(name)`` the result of a reduction, ``maps(start, stop)`` the maps of
+    some samples.  ``samples``, ``chunks`` and ``chunk`` (samples per chunk) are numbers.  ``about`` holds all
+    attributes as they are stored; the properties below give the most important of them.
+    """
 
     def __init__(self, place: str, store: Store, group: zarr.Group) -> None:
         self.place, self.store, self.group = place, store, group
         about = group.attrs["gradkern"]
         assert isinstance(about, Mapping)
-        self.about: dict[str, Any] = dict(about)
+        self.about = cast(Attributes, dict(about))
         self.samples = int(self.about["fingerprint"]["source"]["samples"])
         self.chunk = int(self.about["pinned"]["chunk"])
         self.chunks = -(-self.samples // self.chunk)
@@ -81,17 +87,18 @@ class Results:
         return True
 
     @classmethod
-    def open(cls, place: str | Path, *, read_only: bool = True) -> Results:
+    @renamed_argument("place", "store")
+    def open(cls, store: str | Path, *, read_only: bool = True) -> Results:
         """Open a run.  Raises `BadValue` if there is none."""
-        text = str(place)
+        text = str(store)
         if not cls.exists(text):
             raise BadValue(f"there is no store at {text}.")
-        store = durable.store_at(text, read_only=read_only)
+        opened = durable.store_at(text, read_only=read_only)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 mode: Literal["r", "r+"] = "r" if read_only else "r+"
-                group = zarr.open_group(store, mode=mode, use_consolidated=False, zarr_format=3)
+                group = zarr.open_group(opened, mode=mode, use_consolidated=False, zarr_format=3)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(
                 f"{text}: zarr.json is damaged ({type(error).__name__}). `gradkern verify {text} --repair` restores it "
@@ -101,11 +108,11 @@ class Results:
         if not isinstance(about, Mapping) or about.get("format") != FORMAT:
             raise BadValue(f"{text} is not a store of gradkern.run (format {FORMAT}). Nothing was changed.")
         trust.check_attributes(text, about)
-        trust.check_chunks(text, store, about)
-        return cls(text, store, group)
+        trust.check_chunks(text, opened, about)
+        return cls(text, opened, group)
 
     @classmethod
-    def create(cls, place: str | Path, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> Results:
+    def create(cls, place: str | Path, arrays: Sequence[Array], about: Attributes, compression: str) -> Results:
         """Create a store atomically; if another process was faster, open its store."""
         text = str(place)
         path = local_path(text)
@@ -124,6 +131,58 @@ class Results:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         return cls.open(text, read_only=False)
+
+    # ---- what the run was, and how far it is
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete: all chunks are finished, and the reductions are written."""
+        return bool(self.about.get("finished"))
+
+    @property
+    def finished_chunks(self) -> int:
+        """How many chunks are finished."""
+        return len(self.ledger.finished())
+
+    @property
+    def done(self) -> int:
+        """The old name of `finished_chunks`."""
+        note("Results.done", "Results.finished_chunks", 3)
+        return self.finished_chunks
+
+    @property
+    def exact(self) -> bool | None:
+        """Whether the result is bit-equal to that of an uninterrupted run; None until the run is finished."""
+        return self.about.get("exact")
+
+    @property
+    def notes(self) -> list[str]:
+        """Why the result is not `exact`, if it is not, such as another version of torch after a resume."""
+        return self.about.get("notes", [])
+
+    @property
+    def tolerance(self) -> float | None:
+        """Of a result that is not `exact`: how much it may differ, relative to the largest attribution."""
+        return self.about.get("tolerance")
+
+    @property
+    def method(self) -> str:
+        return self.about["fingerprint"]["method"]["method"]
+
+    @property
+    def reductions(self) -> list[str]:
+        """The names of the reductions."""
+        return self.about["reductions"]
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the maps, one per floating input: ``attributions``, or ``attributions_0``, …"""
+        return self.about["inputs"]
+
+    @property
+    def pinned(self) -> Pinned:
+        """Everything that affects the last bits of the result, and that a resumed run therefore keeps."""
+        return self.about["pinned"]
 
     # ---- writing
 
@@ -163,7 +222,7 @@ class Results:
         """Raise `Damaged` if a look at names and sizes shows that finished chunks are gone."""
         described = json.loads(durable.get(self.store, "zarr.json") or b"{}").get("consolidated_metadata") or {}
         gone = [name for name in described.get("metadata", ()) if name not in self.group]
-        if self.about["finished"] and isinstance(self.store, durable.DurableStore):
+        if self.finished and isinstance(self.store, durable.DurableStore):
             for name, array in self._reductions():
                 files = [k for k, size in self.store.sizes(f"reductions/{name}").items() if size and k[:2] == "c."]
                 gone += [f"part of reductions/{name}"] if len(files) < array.nchunks else []
@@ -205,7 +264,7 @@ class Results:
 
     def complete(self) -> bool:
         """Write the reductions and mark the store complete; False if chunks are missing.  Any process may call it."""
-        if self.about.get("finished"):
+        if self.finished:
             return True
         total = self.ledger.total()
         if total is None:
@@ -216,14 +275,14 @@ class Results:
 
     def _complete(self, total: ChunkRecord) -> None:
         self._remove_partial_of_completion()
-        names = self.about["inputs"]
-        for i, name in enumerate(names):
-            for reduction, value in statistics.finish(self.about["reductions"], total.sums, name).items():
-                self.array(layout.reduction_key(reduction, names, i))[...] = value
+        for i, name in enumerate(self.inputs):
+            for reduction, value in statistics.finish(self.reductions, total.sums, name).items():
+                self.array(layout.reduction_key(reduction, self.inputs, i))[...] = value
         notes = total.facts["notes"]
-        tolerance = {"tolerance": TOLERANCE[self.about["arrays"]["dtype"]]} if notes else {}
         counts = {name: total.facts[name] for name in COUNTS if name in total.facts}
-        self.about |= {"finished": True, "exact": not notes, "notes": notes, "counts": counts, **tolerance}
+        self.about |= {"finished": True, "exact": not notes, "notes": notes, "counts": cast(Counts, counts)}
+        if notes:
+            self.about["tolerance"] = TOLERANCE[self.about["arrays"]["dtype"]]
         self.write_attributes()
 
     def write_attributes(self) -> None:
@@ -314,22 +373,23 @@ class Results:
     @renamed_argument("of", "input")
     def reduction(self, name: str, input: int = 0) -> np.ndarray:
         """The result of a reduction ``[C, *in]``, for the input with index ``input``.  The run must be complete."""
-        if not self.about.get("finished"):
-            raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
-        inputs = self.about["inputs"]
-        if input not in range(len(inputs)):
-            raise BadValue(f"input: got {input!r}, expected the index of an input, below {len(inputs)}.")
-        key = layout.reduction_key(name, inputs, input)
+        if not self.finished:
+            raise BadValue(
+                f"{self.place}: {self.finished_chunks} of {self.chunks} chunks are finished; the reductions come last."
+            )
+        if input not in range(len(self.inputs)):
+            raise BadValue(f"input: got {input!r}, expected the index of an input, below {len(self.inputs)}.")
+        key = layout.reduction_key(name, self.inputs, input)
         if key not in self.group:
-            raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
+            raise BadValue(f"{self.place} has no reduction {name!r}, it has {self.reductions}.")
         return np.asarray(self.array(key)[...])
 
     def losses(self) -> list[str]:
         """Sentences on samples that are not finite, and on values that the stored dtype cannot hold."""
-        counts, words = self.about.get("counts", {}), []
+        counts, words = self.about.get("counts", Counts()), []
         if count := counts.get("nonfinite"):
             first = ", ".join(map(self.sample_name, counts["nonfinite_first"])) + (", …" if count > NAMED else "")
-            left_out = self.about["reductions"] and self.about.get("nonfinite") == "skip"
+            left_out = self.reductions and self.about.get("nonfinite") == "skip"
             verdict = "they are left out of the statistics" if left_out else "they are kept as they are"
             words.append(f"{count:,} of {self.samples:,} samples are not finite (samples {first}); {verdict}")
         dtype, narrowed = self.about["arrays"]["dtype"], counts.get("narrowed", 0)
@@ -344,13 +404,8 @@ class Results:
             )
         return words
 
-    @property
-    def done(self) -> int:
-        """How many chunks are finished."""
-        return len(self.ledger.finished())
-
     def __repr__(self) -> str:
-        return f"Results({self.place!r}, {self.done} of {self.chunks} chunks, {self.samples} samples)"
+        return f"Results({self.place!r}, {self.finished_chunks} of {self.chunks} chunks, {self.samples} samples)"
 
 
 def _tidy(path: Path) -> None:

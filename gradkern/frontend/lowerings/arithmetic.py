@@ -92,7 +92,7 @@ def add_scaled(b: ProgramBuilder, x: Any, y: Any, alpha: float) -> Value:
         return shift_by(b, x, y, alpha)
     if isinstance(x, Param) and isinstance(y, Value):
         return shift_by(b, affine(b, y, float(alpha), 0.0), x)
-    raise NoForm("what it adds depends on more than the samples")
+    raise NoForm("the addend depends on more than the samples")
 
 
 def stretch_to(b: ProgramBuilder, x: Value, y: Value) -> tuple[int, ...]:
@@ -119,7 +119,7 @@ def multiply(b: ProgramBuilder, x: Any, y: Any) -> Value:
             return elementwise(b, x, "square")
         gate = sigmoid_of(b, x, y)
         return gate if gate is not None else b.emit(Product("mul"), (x, y), stretch_to(b, x, y))
-    raise NoForm("what it multiplies depends on more than the samples")
+    raise NoForm("a factor depends on more than the samples")
 
 
 def sigmoid_of(b: ProgramBuilder, x: Value, y: Value) -> Value | None:
@@ -139,7 +139,7 @@ def div(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         return scale_by(b, a.self, a.other, inverse=True)
     if isinstance(a.other, Value):
         return multiply(b, elementwise(b, a.other, "reciprocal"), a.self)
-    raise NoForm("what it divides by depends on more than the samples")
+    raise NoForm("the divisor depends on more than the samples")
 
 
 @lowers("aten.glu.default")

@@ -27,7 +27,7 @@ def assign_slice(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x, source = a.self, a.src
     shape = a.result
     if not hasattr(a, "index") and a.dim % (len(shape) + 1) == 0 and takes_all(a):
-        return need_value(source, "what is assigned")
+        return need_value(source, "the assigned value")
     axis = sample_axis(a.dim, len(shape))
     for tensor, rank in ((x, len(shape) + 1), (source, len(shape) + 1 - hasattr(a, "index"))):
         if isinstance(tensor, Param) and len(b.param_shape(tensor)) != rank:
@@ -95,7 +95,7 @@ def copy_from_several(
     """
     total = sum(math.prod(shape) for _, _, shape in tensors) + math.prod(a.result)
     if total > LARGEST:
-        raise NoForm(f"a copy of more than {LARGEST} numbers with places of their own has no form")
+        raise NoForm(f"a copy of more than {LARGEST} separately placed numbers has no form")
     numbers, first = {}, {}
     count = 1
     for name, x, shape in tensors:
@@ -131,7 +131,7 @@ def index_put(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         raise NoForm("it adds to places, or takes some of the samples")
     indices = [None if i is None else constant(b, i) for i in a.indices]
     if isinstance(a.values, Value) and len(b.shape(a.values)) != values_rank(indices, len(a.result)):
-        raise NoForm("what is assigned is repeated over an axis")
+        raise NoForm("the assigned value is repeated over an axis")
     given = shape_of(b, a.values)
     tensors = (("self", a.self, a.result), ("values", a.values, given))
 

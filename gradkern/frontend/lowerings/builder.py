@@ -214,7 +214,7 @@ class ProgramBuilder:
 def few_axes(
     b: ProgramBuilder, form: Form, inputs: tuple[Value, ...], shape: Shape
 ) -> tuple[Form, Callable[[Shape], Shape]] | None:
-    """The form for values with some axes merged, and how to merge them; None if the step has to stay as it is.
+    """The form for values with some axes merged, and how to merge them; None if the step cannot be changed.
 
     An elementwise step whose inputs come from steps that stay as they are, such as three-dimensional convolutions,
     stays as well: kernels for it alone would be no faster than ATen.

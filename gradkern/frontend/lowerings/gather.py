@@ -40,7 +40,7 @@ def copy_elements(b: ProgramBuilder, x: Value, shape: Shape, places: Sequence[in
     """A value of ``shape`` whose element ``i`` is element ``places[i]`` of another, or zero for -1 (both row-major)."""
     n = math.prod(b.shape(x))
     if max(n, len(places)) > LARGEST:
-        raise NoForm(f"a copy of more than {LARGEST} numbers with places of their own has no form")
+        raise NoForm(f"a copy of more than {LARGEST} separately placed numbers has no form")
     return as_shape(b, emit_index(b, as_shape(b, x, (n,)), along((n,), 0, places)), shape)
 
 
@@ -48,7 +48,7 @@ def copy_by_numbers(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], 
     """The value of an op that copies elements.  To find out which, ``f`` runs on two samples of numbered elements."""
     n = math.prod(b.shape(x))
     if n > LARGEST:
-        raise NoForm(f"a copy of more than {LARGEST} numbers with places of their own has no form")
+        raise NoForm(f"a copy of more than {LARGEST} separately placed numbers has no form")
     numbers = torch.arange(1, 2 * n + 1, dtype=torch.float64).reshape(2, *b.shape(x))
     with torch.inference_mode(False), torch.no_grad():
         origin = f(numbers).reshape(2, -1).long()
@@ -194,7 +194,7 @@ def where(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if len(sides) == 2:
         return b.emit(Sum(), tuple(side for _, side in sides), a.result)
     if not sides:
-        raise NoForm("what it takes does not depend on the samples")
+        raise NoForm("the values that it gathers do not depend on the samples")
     (keep, y), other = sides[0], a.other if sides[0][0] else a.self
     if not isinstance(other, Param):
         if number_of(other) == 0:

@@ -32,7 +32,7 @@ def matmul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         weight = b.derive("aten.t.default", right)  # [O, I]
         return b.emit(Contract(Dense(), weight), (x,), (*b.shape(x)[:-1], b.param_shape(right)[1]))
     if not (isinstance(x, (Value, Param)) and isinstance(right, (Value, Param))):
-        raise NoForm("what it multiplies depends on more than the samples")
+        raise NoForm("a factor depends on more than the samples")
     return product(b, x, right, a.result)
 
 
