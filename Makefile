@@ -26,7 +26,7 @@ REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-matrix docs wheel fuzz scale soak load bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all test-matrix docs wheel fuzz scale soak load bench calls zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -72,8 +72,12 @@ bench: $(EXT) ## benchmarks against torch, Captum and tangermeme, and shares of 
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 
+calls: $(EXT) ## calls of 1, 8 and 64 samples beside every way of torch and JAX, one thread, half an hour
+	$(BIN)/python -m benchmarks.environment build/jax benchmarks/jax.txt
+	build/jax/bin/python -m benchmarks.small_calls --compiled $(ARGS)
+
 zoo: $(EXT) ## networks of other people's packages against plain torch; writes docs/zoo.md (ARGS=--quick: two networks)
-	$(BIN)/python -m benchmarks.zoo.environment build/zoo
+	$(BIN)/python -m benchmarks.environment build/zoo benchmarks/zoo/requirements.txt
 	build/zoo/bin/python -W ignore -m benchmarks.zoo $(ARGS)
 
 gpu: ## everything that needs a GPU, in two parts of at most eight minutes (make gpu-1, make gpu-2); logs in OUT (build/gpu)

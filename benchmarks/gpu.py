@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 import gradkern
-from benchmarks import gpu_jax, machine, operations
+from benchmarks import jax_peer, machine, operations
 from benchmarks.baselines import captum_saliency, deliver, loop_classes, replicated
 from benchmarks.measure import quiet
 from tests.cases import CASES, Case
@@ -147,7 +147,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, int], Chunk]] = {
     "vmap(jacrev)": vmapped,
     "compiled, CUDA graph": compiled,
     "Captum per class": captum_saliency,
-    "JAX": gpu_jax.chunk,
+    "JAX": jax_peer.chunk,
 }
 
 

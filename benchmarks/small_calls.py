@@ -2,47 +2,40 @@
 costs.
 
 The first table has µs per call for 1, 8 and 64 samples: of the callable that `gradkern.prepare` returns, of
-`gradkern.jacobian`, and of what torch and JAX (if it is installed) offer; all of them take turns.
+`gradkern.jacobian`, and of what torch and JAX (if it is installed) offer; all of them take turns.  JAX needs an
+environment of its own: `make calls` makes it, and measures everything.
 
-The second is about one sample.  ``above``: the median over calls, less the time spent in the compiled op in the same
-call.  ``handle``: the same for the callable that `gradkern.prepare` returns.  ``capture``: what `gradkern.prepare`
-takes for a fresh network in a process that has captured one before; ``cold``: the same in a new process, imports aside.
+The second is about one sample.  ``kernel``: the median time that calls of the prepared callable spend in the compiled
+op.  ``handle``: what else they take.  ``above``: what a call of `gradkern.jacobian` takes beyond the kernel of the
+prepared call just before it, since its own op also looks whether the weights have changed.  ``capture``: what
+`gradkern.prepare` takes for a fresh network in a process that has captured one before; ``cold``: the same in a new
+process, imports aside.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import jacfwd, jacrev
 
 import gradkern
-from benchmarks import baselines, gpu_jax, machine, measure, report
-from benchmarks.baselines import Chunk
+from benchmarks import call_table, machine, report
 from benchmarks.measure import Say
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.problems import PROBLEMS
 from benchmarks.run import RESULTS, positive, progress
 from gradkern.runtime import ops
-from tests.cases import CASES
 
-SAMPLES = (1, 8, 64)
-OTHERS = ("decoder", "emulator")  # few inputs and many outputs; among the cases of the tests
 ABOVE_GOAL, HANDLE_GOAL, CAPTURE_GOAL = 80e-6, 40e-6, 0.5  # seconds
-WARM_UP = 3  # rounds
-JAX = importlib.util.find_spec("jax") is not None
 COLD = """
 import time, torch, gradkern
 from benchmarks.problems import PROBLEMS
@@ -52,62 +45,6 @@ begin = time.perf_counter()
 assert gradkern.prepare(model, x).program is not None
 print(time.perf_counter() - begin)
 """
-
-
-def problems() -> list[Problem]:
-    few = [Problem(name, 64, 8, 8, 1.0, "few inputs, many outputs") for name in OTHERS if name in CASES]
-    return [*PROBLEMS.values(), *few]
-
-
-def ways(problem: Problem, n: int, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Everything that gives the Jacobian of ``n`` samples, by name."""
-    model = problem.model()
-    x = problem.fresh(n, torch.Generator().manual_seed(22))
-    with torch.no_grad():
-        outputs = model(x)[0].numel()
-    made: dict[str, Callable[[Tensor], Tensor]] = {}
-
-    def add(name: str, make: Callable[[nn.Module, int], Chunk]) -> None:
-        with contextlib.suppress(Exception), measure.quiet():  # a peer that cannot do this network has no column
-            chunk = make(model, outputs)
-            chunk(x, None)
-            made[name] = lambda x: chunk(x, None)
-
-    add("class loop", baselines.loop_classes)
-    add("is_grads_batched", baselines.grads_batched)
-    for name, transform in (("jacrev", jacrev), ("jacfwd", jacfwd)):
-        plain = partial(baselines.vmap_jacrev, transform=transform)
-        add(f"vmap({name})", plain)
-        if compiled:
-            add(f"compiled {name}", lambda model, outputs, plain=plain: torch.compile(plain(model, outputs)))  # type: ignore[misc]
-        if JAX:
-            add(f"JAX {name}", partial(gpu_jax.chunk, transform=name))
-    jac = gradkern.prepare(model, x)
-    assert jac is not None
-    return {"handle": jac, "jacobian": partial(gradkern.jacobian, model), **made}
-
-
-def microseconds(problem: Problem, n: int, rounds: int, compiled: bool) -> dict[str, float]:
-    """Median µs of a call of each way, which take turns."""
-    calls, generator = ways(problem, n, compiled), torch.Generator().manual_seed(23)
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    with measure.quiet():
-        for number in range(rounds + WARM_UP):
-            x = problem.fresh(n, generator)
-            for name, call in calls.items():
-                seconds, _ = measure.timed(call, x)
-                if number >= WARM_UP:
-                    taken[name].append(seconds)
-    return {name: 1e6 * statistics.median(times) for name, times in taken.items()}
-
-
-def table_of_calls(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
-    cells: list[tuple[str, ...]] = [("net", "samples", *names)]
-    for row in rows:
-        times = (f"{row['us'][name]:.0f}" if name in row["us"] else "-" for name in names)
-        cells.append((row["net"], str(row["samples"]), *times))
-    return "\n".join(report.align(cells))
 
 
 @dataclass(frozen=True)
@@ -148,15 +85,16 @@ def small_call(name: str, calls: int, captures: int) -> SmallCall:
     try:
         for _ in range(calls):
             x = problem.fresh(1, generator)
-            for call, beside in ((partial(gradkern.jacobian, model, engine="kernel"), above), (jac, handle)):
-                clock.seconds = 0.0
-                begin = time.perf_counter()
-                call(x)
-                seconds = time.perf_counter() - begin
-                beside.append(seconds - clock.seconds)
-                if beside is above:
-                    total.append(seconds)
-                    inside.append(clock.seconds)
+            clock.seconds = 0.0
+            begin = time.perf_counter()
+            jac(x)
+            between = time.perf_counter()
+            gradkern.jacobian(model, x, engine="kernel")
+            seconds = time.perf_counter() - between
+            handle.append(between - begin - clock.seconds)
+            inside.append(clock.seconds)
+            total.append(seconds)
+            above.append(seconds - clock.seconds)
     finally:
         ops.chain_vjp = clock.real
     taken = [_seconds_to_prepare(name, generator) for _ in range(captures)]
@@ -203,7 +141,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=positive, default=1, help="threads (default: 1)")
     parser.add_argument("--nets", nargs="+", metavar="NET", help="networks (default: all)")
     parser.add_argument(
-        "--compiled", action="store_true", help="torch.compile's forms too, about a minute for each size"
+        "--compiled", action="store_true", help="torch.compile's forms too, up to a minute for each size of a network"
     )
     parser.add_argument("--quick", action="store_true", help="few calls: shows that it works")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/small_calls.json)")
@@ -212,29 +150,35 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.compiled:  # one code object for all networks and sizes
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     facts = machine.describe(options.threads)
+    if call_table.JAX and hasattr(os, "sched_setaffinity"):  # XLA uses all cores that the process may run on
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     print(report.one_line(facts), flush=True)
-    say, nets = progress(), problems()
-    if options.nets:
-        nets = [net for net in nets if net.name in options.nets]
-    calls: list[dict[str, Any]] = []
+    say = progress()
+    path = options.out or RESULTS / ("quick-small_calls.json" if options.quick else "small_calls.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"machine": facts, "calls": [], "small_calls": []}
+    nets = [problem for problem in call_table.problems() if not options.nets or problem.name in options.nets]
+    found: list[call_table.Row] = []
     for problem in nets:
-        for n in SAMPLES:
-            say(f"calls: {problem.name}, {n}")
-            us = microseconds(problem, n, 2 if options.quick else 100, options.compiled)
-            calls.append({"net": problem.name, "samples": n, "us": us})
+        for row in call_table.rows(problem, 2 if options.quick else 100, options.compiled, say):
+            found.append(row)
+            content["calls"].append(asdict(row))
+            _write(path, content)  # a stopped run keeps what it has
     print("", file=sys.stderr)
-    print(f"\nµs per call\n{table_of_calls(calls)}\n")
-    if not JAX:
+    print(f"\nµs per call\n{call_table.table(found)}\n")
+    if not call_table.JAX:
         print("JAX is not installed, so it is left out.\n")
     rows = measured([p.name for p in nets if p.name in PROBLEMS], options.quick, say)
     print("", file=sys.stderr)
     print(f"\none sample\n{table(rows)}\n")
-    path = options.out or RESULTS / ("quick-small_calls.json" if options.quick else "small_calls.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": facts, "calls": calls, "small_calls": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    content["small_calls"] = [asdict(row) for row in rows]
+    _write(path, content)
     print(path)
     return 0
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,36 +11,17 @@ namespace gradkern {
 constexpr char kRecordLayout[] = "2d68f4374556a496";
 constexpr int kRecordWidth = 44;  // integers in a row
 
+// clang-format off
+#define GRADKERN_KINDS(X) \
+  X(Load) X(Store) X(Window) X(PooledWindow) X(Stencil) X(Pattern) X(Elementwise) X(Add) X(Move) X(Multiply) \
+  X(Lines) X(MatMul) X(Zero) X(Rectify) X(SeedRows) X(SeedOneHot) X(SeedDense) X(WindowT) X(ScatterT) X(DenseT) \
+  X(StencilT) X(PatternT) X(ElementwiseT) X(Accumulate) X(MoveT) X(MultiplyT) X(LinesT) X(MatMulT) X(StoreT)
+// clang-format on
+
 enum class Kind : int64_t {
-  Load,
-  Store,
-  Window,
-  PooledWindow,
-  Stencil,
-  Pattern,
-  Elementwise,
-  Add,
-  Move,
-  Multiply,
-  Lines,
-  MatMul,
-  Zero,
-  Rectify,
-  SeedRows,
-  SeedOneHot,
-  SeedDense,
-  WindowT,
-  ScatterT,
-  DenseT,
-  StencilT,
-  PatternT,
-  ElementwiseT,
-  Accumulate,
-  MoveT,
-  MultiplyT,
-  LinesT,
-  MatMulT,
-  StoreT,
+#define X(name) name,
+  GRADKERN_KINDS(X)
+#undef X
 };
 
 // Any record: a row of integers.

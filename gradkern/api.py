@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, overload
 
 import numpy as np
@@ -11,21 +11,17 @@ import torch
 from torch import Tensor
 
 from .dispatch import eager, repeated, state
+from .dispatch.arguments import OutArgument, is_one_index, read_inputs
+from .dispatch.autograd_call import output_shape, whole_batch_reason
+from .dispatch.checks import check_devices
 from .dispatch.prepared import Prepared
-from .dispatch.request import (
-    JacobianResult,
-    OutArgument,
-    Request,
-    check_devices,
-    is_one_index,
-    jacobian_choice,
-    read_inputs,
-)
-from .dispatch.route import decide, ensure_captured, output_shape, solve, timing, whole_batch_reason
-from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
-from .ir.calls import Params
-from .ir.program import Program
-from .planner.plan import Plan, PlanStep
+from .dispatch.request import JacobianResult, Request
+from .dispatch.route import decide
+from .dispatch.solve import solve, timing
+from .dispatch.state import BoundProgram
+from .dispatch.targets import Targets, TopK, TopSeeds, jacobian_choice
+from .planner.plan import Plan
+from .planner.table import PlanStep
 from .planner.timing import Timing
 from .runtime import executor, mac_counter, parameters
 from .util import options
@@ -141,7 +137,8 @@ def jacobian(
     if out is not None:  # the caller's own objects
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
     answer = tuple(shaped) if as_tuple else shaped[0]
-    return (answer, results.top_indices()) if isinstance(results.seeds, TopSeeds) else answer
+    seeds = results.seeds
+    return (answer, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else answer
 
 
 @overload
@@ -217,7 +214,8 @@ def _pieces(
             shaped = tuple(j[start:stop] for j in whole.shaped)
         answer = shaped if as_tuple else shaped[0]
         shown = slice(first, first + stop - start)
-        yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
+        chosen = results.seeds
+        yield (answer, chosen.indices_per_sample()[shown]) if isinstance(chosen, TopSeeds) else answer
 
 
 def prepare(
@@ -237,11 +235,10 @@ def prepare(
     ``output`` as in `jacobian`.  The engine is chosen now: a later `use` has no effect on ``jac``.  Calls of `jacobian`
     with other ``wrt`` and ``targets`` use the captured network too.
     """
-    request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
-    name = options.engine(engine)
-    verdict = None if name == "autograd" else ensure_captured(request, decide(request, name))
-    program = None if verdict is None else verdict.program
-    return Prepared(request, program, name, _gives_tuple(inputs, wrt))
+    request = _inspection_request(model, inputs, targets, wrt, output)
+    route = decide(request, engine)
+    bound = route.bound_program(request)
+    return Prepared(request, None if bound is None else bound.program, route.engine, _gives_tuple(inputs, wrt))
 
 
 class Explanation(Protocol):
@@ -289,36 +286,30 @@ def explain(
     inputs), ``engine`` and ``output`` as in `jacobian`.
     """
     with options.use(options.engine(engine)):
-        request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
-        return _explain(request, show)
+        return _explain(_inspection_request(model, inputs, targets, wrt, output), show)
 
 
 def _explain(request: Request, show: bool) -> Explanation:
     route = decide(request)
-    eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
-    if route.eager_reason is not None:
-        eager_reason = route.eager_reason.text
-    verdict = None if eager_reason else ensure_captured(request, route)
+    bound = None if route.why_eager else route.bound_program(request)
     explanation: Explanation
-    if verdict is None or verdict.program is None:
-        reason = eager_reason or (verdict.reason if verdict else "")
-        explanation = WholeModel(name_of(request.fn), reason)
+    if bound is None:
+        explanation = WholeModel(name_of(request.fn), route.why_eager)
     else:
-        seeds = request.resolve_seeds(request.samples, verdict.program.output_shape)
-        explanation = _plan(request, verdict.program, route.params(), seeds)
-        explanation = explanation.timed(timing(request, route))
+        explanation = _plan(request, bound).timed(timing(request, route))
     if show:
         print(explanation)
     return explanation
 
 
-def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> Plan:
-    x = request.inputs[request.wrt[0]]
-    plan = executor.plan_for(program, seeds.count, x.dtype, x.device, wrt=request.wrt)
+def _plan(request: Request, bound: BoundProgram) -> Plan:
+    x, program = request.inputs[request.wrt[0]], bound.program
+    count = request.resolve_seeds(request.samples, program.output_shape).count
+    plan = executor.plan_for(program, count, x.dtype, x.device, wrt=request.wrt)
     with torch.inference_mode(False), torch.no_grad():
-        params = parameters.bind(plan.program, params)
+        params = parameters.bind(plan.program, bound.params())
         macs = mac_counter.opaque_macs(plan.program, params, request.pick(2))
-        return plan.explained(macs, executor.fallback_reason(program, seeds.count, params, request.inputs, request.wrt))
+        return plan.explained(macs, executor.fallback_reason(program, count, params, request.inputs, request.wrt))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -359,7 +350,7 @@ def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:
     return eager.with_graph(request)
 
 
-def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Output = None) -> Request:
+def _inspection_request(model: Model, inputs: Any, targets: Any, wrt: Wrt, output: Output) -> Request:
     """A request for inspection only: by default, integer inputs are allowed, and not differentiated."""
     if wrt is None:
         tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -367,4 +358,4 @@ def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Outp
     checked, indices = read_inputs(inputs, wrt)
     if not checked[0].shape[0]:
         raise BadValue("inputs: got no samples, expected at least one: a network is verified on some of them.")
-    return Request(_callable(model, output), checked, indices, jacobian_choice(None))
+    return Request(_callable(model, output), checked, indices, jacobian_choice(targets))

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from . import api
-from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inputs
-from .dispatch.route import decide, solve
-from .dispatch.targets import Targets, TopK
+from .dispatch.arguments import read_inputs
+from .dispatch.request import JacobianResult, Request
+from .dispatch.route import decide
+from .dispatch.solve import solve
+from .dispatch.targets import Targets, TopK, jacobian_choice
 from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrap, with_output
 from .util.options import Engine
@@ -102,7 +104,7 @@ def _exact_request(
 def _names(results: JacobianResult) -> list[str]:
     """Names for the outputs that were differentiated."""
     seeds, shape = results.seeds, results.output_shape
-    if seeds.indices is not None and seeds.indices.dim() == 2:
+    if seeds.per_sample:
         return [f"#{s}" for s in range(seeds.count)]  # a different output in each sample
     indices = torch.arange(seeds.count) if seeds.indices is None else seeds.indices
     if len(shape) < 2:

@@ -84,7 +84,7 @@ def explained(model: nn.Module, x: Tensor, targets: list[int]) -> dict[str, Any]
         return found | {"reason": re.sub(r"\S*/site-packages/", "", plan.reason)}  # no paths of this machine
     slow = [f"{s.op or s.form}: {s.why}" for s in plan.steps if not s.implementation.fused]
     ways = {str(n): gradkern.explain(model, x[:n], targets, show=False).timing.way for n in BATCHES}
-    return found | {"groups": len(plan.groups), "ways": ways, "by_autograd": sorted(set(slow))}
+    return found | {"groups": plan.group_count, "ways": ways, "by_autograd": sorted(set(slow))}
 
 
 def error(model: nn.Module, x: Tensor, targets: list[int]) -> float:

@@ -61,27 +61,20 @@ inline const char* error_text(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-// Four neighbours, moved as 16-byte pieces, which must be aligned on the host, too.
-static_assert(alignof(float4) == 16 && alignof(double2) == 16);
+// Four neighbours, moved as pieces of 16 bytes, which must be aligned on the host, too.
 template <class T>
-struct Four {
+struct alignas(16) Four {
   T v[4];
 };
+static_assert(alignof(float4) == 16);
 
-GK_DEVICE Four<float> load4(const float* p) {
-  const float4 a = *reinterpret_cast<const float4*>(p);
-  return {{a.x, a.y, a.z, a.w}};
+template <class T>
+GK_DEVICE Four<T> load4(const T* p) {
+  return *reinterpret_cast<const Four<T>*>(p);
 }
-GK_DEVICE Four<double> load4(const double* p) {
-  const double2 a = *reinterpret_cast<const double2*>(p), b = *reinterpret_cast<const double2*>(p + 2);
-  return {{a.x, a.y, b.x, b.y}};
-}
-GK_DEVICE void store4(float* p, const Four<float>& x) {
-  *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
-}
-GK_DEVICE void store4(double* p, const Four<double>& x) {
-  *reinterpret_cast<double2*>(p) = make_double2(x.v[0], x.v[1]);
-  *reinterpret_cast<double2*>(p + 2) = make_double2(x.v[2], x.v[3]);
+template <class T>
+GK_DEVICE void store4(T* p, const Four<T>& x) {
+  *reinterpret_cast<Four<T>*>(p) = x;
 }
 
 // Loads memory that is constant for the whole launch through the read-only path.
@@ -89,13 +82,33 @@ template <class T>
 GK_DEVICE T fixed(const T* p) {
   return __ldg(p);
 }
-GK_DEVICE Four<float> fixed4(const float* p) {
-  const float4 a = __ldg(reinterpret_cast<const float4*>(p));
-  return {{a.x, a.y, a.z, a.w}};
+template <class T>
+GK_DEVICE Four<T> fixed4(const T* p) {
+  Four<T> x;
+#pragma unroll
+  for (unsigned k = 0; k < sizeof x / sizeof(float4); ++k) {
+    const float4 piece = __ldg(reinterpret_cast<const float4*>(p) + k);
+    __builtin_memcpy(reinterpret_cast<char*>(&x) + k * sizeof piece, &piece, sizeof piece);
+  }
+  return x;
 }
-GK_DEVICE Four<double> fixed4(const double* p) {
-  const double2 a = __ldg(reinterpret_cast<const double2*>(p)), b = __ldg(reinterpret_cast<const double2*>(p + 2));
-  return {{a.x, a.y, b.x, b.y}};
+
+// The first `count` of four neighbours; `together`: there are four, and they are aligned.
+template <class T>
+GK_DEVICE Four<T> load_some(const T* p, int count, bool together) {
+  if (together) return load4(p);
+  Four<T> x{};
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    if (k < count) x.v[k] = p[k];
+  return x;
+}
+template <class T>
+GK_DEVICE void store_some(T* p, const Four<T>& x, int count, bool together) {
+  if (together) return store4(p, x);
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    if (k < count) p[k] = x.v[k];
 }
 
 // A row of integers as the record of its kind.
@@ -114,14 +127,16 @@ struct Tile {
   int count;      // current samples
   int s0, seeds;  // current seeds
 
-  // For the current sample m: the place's stride between samples counts from the tile's first sample or, if it is
-  // negative, from the first current sample.
-  GK_DEVICE T* at(const Place& place, int m) const {
+  // Position (h, w) of the current sample m: the place's stride between samples counts from the tile's first sample or,
+  // if it is negative, from the first current sample.
+  GK_DEVICE T* at(const Place& place, int m, int seed = 0, int h = 0, int w = 0) const {
     const int step = static_cast<int>(place.sample);
-    return buf + static_cast<int>(place.offset) + (step >= 0 ? (first + m) * step : m * -step);
+    return buf + static_cast<int>(place.offset) + (step >= 0 ? (first + m) * step : m * -step) +
+           seed * static_cast<int>(place.seed) + h * static_cast<int>(place.row) + w * static_cast<int>(place.position);
   }
-  GK_DEVICE T* at(const Place& place, int m, int seed) const {
-    return at(place, m) + seed * static_cast<int>(place.seed);
+  // The row of the last weight that is the first cotangent of a seed.
+  GK_DEVICE const T* seed_row(int m, int seed) const {
+    return args.seed_rows + sample(m) * args.seed_rows_n + (s0 + seed) * args.seed_rows_s;
   }
   GK_DEVICE int64_t sample(int m) const { return static_cast<int64_t>(tile) * args.block + first + m; }
   GK_DEVICE int samples() const {
@@ -172,6 +187,28 @@ struct Order {
     return {channel.quotient, line.quotient, line.rest};
   }
 };
+
+// Calls each(m, s, e) for element e of `size`, of every copy s of every current sample m.
+template <class T, class Each>
+GK_DEVICE void over_copies(const Tile<T>& t, int copies, int size, const Each& each) {
+  const Divider elements(size), samples(copies);
+  for (int i = t.tid(); i < t.count * copies * size; i += t.threads()) {
+    const auto [ms, e] = elements.parts(i);
+    const auto [m, s] = samples.parts(ms);
+    each(m, s, e);
+  }
+}
+
+// Calls each(m, s, h, r) for number r of row h, all channels and columns of which are contiguous.
+template <class T, class Each>
+GK_DEVICE void over_rows(const Extent& extent, const Tile<T>& t, int copies, const Each& each) {
+  const int width = extent.W * extent.C;
+  const Divider rows(width);
+  over_copies(t, copies, static_cast<int>(extent.H) * width, [&](int m, int s, int e) {
+    const auto [h, r] = rows.parts(e);
+    each(m, s, h, r);
+  });
+}
 
 // The position that tap (jh, jw) of pool output (h, w) reads, or false outside.
 GK_DEVICE bool tap_position(const PatternRef& p, int h, int w, int jh, int jw, int& hi, int& wi) {

@@ -40,13 +40,10 @@ struct Args {
 // Loads every kernel on the current device.  Returns the error text, or null.
 const char* load_kernels();
 
-// Lets the kernel use as much shared memory as the current device gives a block.  Returns the error text, or null.
+// Launches the chain kernel with `shared` bytes of shared memory, and lets it have up to `most` at any launch.  Returns
+// the error text, or null.
 template <class T>
-const char* prepare_chain(int bytes);
-
-// The error text, or null.
-template <class T>
-const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, void* stream);
+const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, int most, void* stream);
 
 // `windows`: results per place of a window, below 2^31.  `pooled`: a max pool's multipliers, else a ReLU's secants. The
 // error text, or null.

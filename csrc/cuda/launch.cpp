@@ -2,17 +2,50 @@
 //
 // Nothing here but the hash waits for the GPU or allocates behind torch's back, so a launch can be captured into a CUDA
 // graph.
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
 #include <vector>
 
 #include "../content_hash.h"
 #include "../op_bodies.h"
+#include "../torch_abi.h"
 #include "kernels.h"
-#include "torch_cuda.h"
+
+// torch's headers declare these only where USE_CUDA is defined.
+extern "C" {
+struct CUDAGuardOpaque;
+AOTITorchError aoti_torch_create_cuda_guard(int32_t device, CUDAGuardOpaque** guard);
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardOpaque* guard);
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+}
 
 namespace gradkern::cuda {
 
 namespace {
+
+// A device, or that of a tensor, is the current one while this lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    const AOTITorchError error = aoti_torch_create_cuda_guard(device, &guard_);
+    GRADKERN_CHECK(error == 0, "gradkern: cannot make GPU ", device, " the current device");
+  }
+  explicit DeviceGuard(const Tensor& tensor) : DeviceGuard(tensor.get_device_index()) {}
+  ~DeviceGuard() { aoti_torch_delete_cuda_guard(guard_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  CUDAGuardOpaque* guard_ = nullptr;
+};
+
+cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(device, &stream);
+  GRADKERN_CHECK(error == 0, "gradkern: cannot ask torch for the current stream of GPU ", device);
+  return static_cast<cudaStream_t>(stream);
+}
 
 int attribute(int device, cudaDeviceAttr which) {
   int value = 0;
@@ -70,10 +103,9 @@ void launch(const ChainCall& call, const CudaSizes& sizes) {
   args.block = static_cast<int>(std::max<int64_t>(1, std::min(sizes.block, spread)));
   const int64_t tiles = (args.samples + args.block - 1) / args.block;
   // Allow the maximum, whatever this chain needs, because another thread may be about to launch a larger one.
-  const char* error = prepare_chain<T>(attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  if (!error)
-    error = launch_chain(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
-                         current_stream(device));
+  const int most = attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const char* const error = launch_chain(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
+                                         most, current_stream(device));
   GRADKERN_CHECK(!error, "gradkern: the chain kernel could not be launched with ", shared,
                  " bytes of shared memory: ", error ? error : "");
 }

@@ -209,4 +209,15 @@ GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t) {
   });
 }
 
+// A function between the chain and those of quads and narrow windows, for the reason that device.cuh gives at
+// `half_word`: called from the chain itself, they would be compiled for shared addresses.
+template <class T>
+GK_RECORD void run(const ScatterTRecord& op, const Tile<T> t) {
+  switch (op.algorithm) {
+    case ScatterAlgorithm::Walk: return run_walk(op, t);
+    case ScatterAlgorithm::Quads: return run_quads(op, t);
+    case ScatterAlgorithm::Narrow: return run_narrow(op, t);
+  }
+}
+
 }  // namespace gradkern::cuda

@@ -7,65 +7,35 @@ namespace gradkern::cuda {
 
 constexpr int kRescaleThreads = 256;
 
-// The geometry that all windows share; 32-bit, as 64-bit divisions would be most of the work.
-struct PoolPlan {
-  int H, W, kh, kw, sh, sw, ph, pw, dh, dw, oh, ow;
-
-  GK_DEVICE explicit PoolPlan(const Pool& p)
-      : H(static_cast<int>(p.H)),
-        W(static_cast<int>(p.W)),
-        kh(static_cast<int>(p.kh)),
-        kw(static_cast<int>(p.kw)),
-        sh(static_cast<int>(p.sh)),
-        sw(static_cast<int>(p.sw)),
-        ph(static_cast<int>(p.ph)),
-        pw(static_cast<int>(p.pw)),
-        dh(static_cast<int>(p.dh)),
-        dw(static_cast<int>(p.dw)),
-        oh(static_cast<int>(p.oh)),
-        ow(static_cast<int>(p.ow)) {}
-};
-
-// One window over two planes: the input's and the reference's.
-template <class T>
-struct PoolWindow {
-  const T* z;
-  const T* ref;
-  int h, w;  // of its first place
-
-  // Calls `f(place, z1, z0)` for all places, padding included.
-  template <class F>
-  GK_DEVICE void each(const PoolPlan& p, const F& f) const {
-    int place = 0;
-    for (int jh = 0; jh < p.kh; ++jh)
-      for (int jw = 0; jw < p.kw; ++jw, ++place) {
-        const int y = h + jh * p.dh, x = w + jw * p.dw, at = y * p.W + x;
-        const bool inside = y >= 0 && y < p.H && x >= 0 && x < p.W;
-        f(place, inside ? fixed(z + at) : outside<T>(), inside ? fixed(ref + at) : outside<T>());
-      }
-  }
-};
-
 template <class T, bool Relu>
 GK_KERNEL(kRescaleThreads, 1)
 rescale_kernel(const __grid_constant__ RescaleArgs<T> a, uint32_t windows) {
-  const PoolPlan p(a.pool);
-  const uint32_t area = static_cast<uint32_t>(p.oh * p.ow), channels = static_cast<uint32_t>(a.channels);
-  const int64_t plane = a.pool.H * a.pool.W;
+  // 32-bit, as 64-bit divisions would be most of the work.
+  const int H = a.pool.H, W = a.pool.W, kh = a.pool.kh, kw = a.pool.kw, ow = a.pool.ow, area = a.pool.oh * ow;
+  const int channels = a.channels;
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < windows; i += gridDim.x * blockDim.x) {
-    const uint32_t row = i / area, o = i - row * area, oh = o / static_cast<uint32_t>(p.ow);
-    const uint32_t ow = o - oh * static_cast<uint32_t>(p.ow);
-    const PoolWindow<T> window{a.z + row * plane, a.ref + (a.ref_rows == 1 ? row % channels : row) * plane,
-                               static_cast<int>(oh) * p.sh - p.ph, static_cast<int>(ow) * p.sw - p.pw};
+    const int row = static_cast<int>(i) / area, o = static_cast<int>(i) - row * area;
+    const int h0 = o / ow * a.pool.sh - a.pool.ph, w0 = o % ow * a.pool.sw - a.pool.pw;
+    const T* z = a.z + static_cast<int64_t>(row) * H * W;
+    const T* ref = a.ref + static_cast<int64_t>(a.ref_rows == 1 ? row % channels : row) * H * W;
+    // Calls f(place, z1, z0) for all places of the window, padding included.
+    const auto each = [&](const auto& f) {
+      for (int place = 0; place < kh * kw; ++place) {
+        const int h = h0 + place / kw * a.pool.dh, w = w0 + place % kw * a.pool.dw;
+        const bool inside = h >= 0 && h < H && w >= 0 && w < W;
+        f(static_cast<T>(place), inside ? fixed(z + h * W + w) : outside<T>(),
+          inside ? fixed(ref + h * W + w) : outside<T>());
+      }
+    };
     T top = outside<T>(), top_ref = outside<T>(), at = T(-1), at_ref = T(-1);
-    window.each(p, [&](int place, T z1, T z0) {
-      contend<Relu>(z1, static_cast<T>(place), top, at);
-      contend<Relu>(z0, static_cast<T>(place), top_ref, at_ref);
+    each([&](T place, T z1, T z0) {
+      contend<Relu>(z1, place, top, at);
+      contend<Relu>(z0, place, top_ref, at_ref);
     });
-    T* const out = a.out + i;
-    window.each(p, [&](int place, T z1, T z0) {
-      const T here = static_cast<T>(place);
-      out[place * a.out_tap] = share<Relu>(z1, z0, top, top_ref, at == here, at_ref == here, a.eps);
+    T* out = a.out + i;
+    each([&](T place, T z1, T z0) {
+      *out = share<Relu>(z1, z0, top, top_ref, at == place, at_ref == place, a.eps);
+      out += a.out_tap;
     });
   }
 }

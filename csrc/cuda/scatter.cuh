@@ -41,36 +41,23 @@ GK_DEVICE void walk(const uint8_t* plane, int plane_bytes, int planes, int chann
   seed_starts(from, g, stride, seeds);
   T acc[S][NV] = {};
   bool any = false;
-  for (int c0 = low & ~31, j = 0; j < planes;) {
-    uint32_t word = live_word(plane, plane_bytes, c0, low, high);
-    any |= word != 0;
-    constexpr int kPair = NV * S <= 16 ? 2 : 1;  // channels at a time: loads overlap, if registers suffice
-    while (word) {
-      T ws[kPair][NV], gs[kPair][S];
+  for (int j = 0; j < planes; ++j, w += channels * row_length)
+    for (int c0 = low & ~31; c0 < high; c0 += 32) {
+      uint32_t word = live_word(plane ? plane + j * plane_bytes : nullptr, plane_bytes, c0, low, high);
+      any |= word != 0;
+      for (; word; word &= word - 1) {
+        const int c = c0 + __ffs(static_cast<int>(word)) - 1;
+        T ws[NV];
 #pragma unroll
-      for (int p = 0; p < kPair; ++p) {
-        const bool on = word != 0;
-        const int c = on ? c0 + __ffs(static_cast<int>(word)) - 1 : c0;
-        word &= word - 1;
+        for (int v = 0; v < NV; ++v) ws[v] = fixed(w + c * row_length + v * lanes);
 #pragma unroll
-        for (int v = 0; v < NV; ++v) ws[p][v] = fixed(w + c * row_length + v * lanes);
+        for (int s = 0; s < S; ++s) {
+          const T gs = from[s][c];
 #pragma unroll
-        for (int s = 0; s < S; ++s) gs[p][s] = p == 0 || on ? from[s][c] : T(0);
+          for (int v = 0; v < NV; ++v) acc[s][v] += gs * ws[v];
+        }
       }
-#pragma unroll
-      for (int p = 0; p < kPair; ++p)
-#pragma unroll
-        for (int v = 0; v < NV; ++v)
-#pragma unroll
-          for (int s = 0; s < S; ++s) acc[s][v] += gs[p][s] * ws[p][v];
     }
-    if ((c0 += 32) >= high) {
-      c0 = low & ~31;
-      ++j;
-      w += channels * row_length;
-      if (plane) plane += plane_bytes;
-    }
-  }
   if (!any) return;
 #pragma unroll
   for (int v = 0; v < NV; ++v)
@@ -115,12 +102,8 @@ GK_DEVICE void over_bands(const ScatterTRecord& op, const Tile<T>& t, int lanes,
       const auto [y, x] = line.parts(band);
       const auto [m, group] = groups_of_seeds.parts(rest);
       const int h0 = (y * row_colours + ch) * high, w0 = (x * colours + cw) * wide, s0 = group * together;
-      const T* from = t.at(op.src, m, s0);
-      int stride = op.src.seed;
-      if (Rows && op.seed_rows) {
-        from = t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s0) * t.args.seed_rows_s;
-        stride = static_cast<int>(t.args.seed_rows_s);
-      }
+      const bool seed_rows = Rows && op.seed_rows;
+      const T* from = seed_rows ? t.seed_row(m, s0) : t.at(op.src, m, s0);
       T* to = t.at(op.dst, m, s0);
       const uint8_t* bits = pattern.taps ? t.bits(pattern, m) : nullptr;
       for (int i = 0; i < high * wide * taps; ++i) {
@@ -134,7 +117,7 @@ GK_DEVICE void over_bands(const ScatterTRecord& op, const Tile<T>& t, int lanes,
         visit.inside = there && (!pattern.taps || op.merged || tap_position(pattern, h, w, jh, jw, hi, wi));
         visit.plane = bits ? bits + ((h * W + w) * all + j) * plane_bytes : nullptr;
         visit.from = from + Steps(op.src)(h, w);
-        visit.stride = stride;
+        visit.stride = seed_rows ? t.args.seed_rows_s : op.src.seed;
         visit.seeds = t.seeds - s0 < together ? t.seeds - s0 : together;
         visit.to = to + Steps(op.dst)(hi, wi);
         each(visit);
@@ -177,14 +160,7 @@ GK_DEVICE void scatter(const ScatterTRecord& op, const Tile<T>& t, int lanes) {
 }
 
 template <class T>
-GK_RECORD void run_quads(const ScatterTRecord& op, const Tile<T> t);  // quads.cuh
-template <class T>
-GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t);  // quads.cuh
-
-template <class T>
-GK_RECORD void run_scatter(const ScatterTRecord& op, const Tile<T> t) {
-  if (op.algorithm == ScatterAlgorithm::Quads) return run_quads(op, t);
-  if (op.algorithm == ScatterAlgorithm::Narrow) return run_narrow(op, t);
+GK_DEVICE void run_walk(const ScatterTRecord& op, const Tile<T>& t) {
   const int elements = op.window_elements, lanes = op.lanes;
   with_count<kWalkElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
     if (op.seed_rows) return scatter<true, T, NV, kWalkSeeds<T>>(op, t, lanes);
@@ -292,7 +268,7 @@ GK_DEVICE void product_rows(const DenseTRecord& op, const Tile<T>& t, int rows, 
 }
 
 template <class T>
-GK_RECORD void run_dense_t(const DenseTRecord& op, const Tile<T> t) {
+GK_RECORD void run(const DenseTRecord& op, const Tile<T> t) {
   const int rows = t.count * t.seeds, O = op.O;
   // As [channel][row] with 32 elements of slack, since a lane past the last row reads on.
   const int stride = (rows + 3) / 4 * 4, most = (t.args.workspace - 32) / stride, chunk = most < O ? most : O;
@@ -305,10 +281,7 @@ GK_RECORD void run_dense_t(const DenseTRecord& op, const Tile<T> t) {
       if (r < rows) {
         const auto [m, s] = seeds.parts(r);
         const bool alive = !op.pattern.taps || (t.bits(op.pattern, m)[(c0 + c) / 8] >> ((c0 + c) % 8) & 1);
-        if (alive)
-          value = op.seed_rows ? fixed(t.args.seed_rows + t.sample(m) * t.args.seed_rows_n +
-                                       (t.s0 + s) * t.args.seed_rows_s + c0 + c)
-                               : t.at(op.src, m, s)[c0 + c];
+        if (alive) value = op.seed_rows ? fixed(t.seed_row(m, s) + c0 + c) : t.at(op.src, m, s)[c0 + c];
       }
       t.buf[c * stride + r] = value;
     }

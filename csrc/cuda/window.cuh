@@ -15,6 +15,15 @@ struct WindowShape {
   int channel_lanes, position_lanes;  // lanes along the channels and along the positions
   int across, along, tiles;           // tiles along the channels, along the positions, in all
   int split;                          // parts of the contraction
+
+  // A lane's share of a tile: its group, its first channel, the tile's number along the positions, and the lane's.
+  struct Share {
+    int group, channel, tile, lane;
+  };
+  GK_DEVICE Share share(int item, int lane) const {
+    const int group = item / (across * along), rest = item - group * (across * along), tile = rest / across;
+    return {group, ((rest - tile * across) * channel_lanes + lane % channel_lanes) * 4, tile, lane / channel_lanes};
+  }
 };
 
 template <int P>
@@ -35,27 +44,6 @@ GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int 
 // The length of a row of a weight with this many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
 GK_DEVICE int weight_row(int channels) { return (channels + 3) / 4 * 4; }
 
-// Four rows of the weight; `w` moves on.
-template <class T>
-GK_DEVICE void load_rows(Four<T> (&rows)[4], const T*& w, int row_length) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k, w += row_length) rows[k] = fixed4(w);
-}
-
-// acc[p][o] += Σ_{k < 4} x[p][j + k] · rows[k][o].
-template <class T, int P>
-GK_DEVICE void four_terms(T (&acc)[P][4], const T* const (&x)[P], int j, const Four<T> (&rows)[4]) {
-  Four<T> xs[P];
-#pragma unroll
-  for (int p = 0; p < P; ++p) xs[p] = load4(x[p] + j);
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-#pragma unroll
-    for (int p = 0; p < P; ++p)
-#pragma unroll
-      for (int o = 0; o < 4; ++o) acc[p][o] += xs[p].v[k] * rows[k].v[o];
-}
-
 // acc[p][o] += Σ_{k0 ≤ k < k1} x[offset[p] + run(k)] · w[k][o].
 template <class T, int P>
 GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], bool aligned, const int32_t* runs,
@@ -67,32 +55,33 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
     const int end = k1 < (r + 1) * L ? k1 - r * L : L;
     const T* x[P];
 #pragma unroll
-    for (int p = 0; p < P; ++p) x[p] = buf + offset[p] + run;
+    for (int p = 0; p < P; ++p) x[p] = buf + offset[p] + run + j;
     if (aligned && run % 4 == 0 && j % 4 == 0 && j + 4 <= end) {
-      // Weights come from L2: four rows are loading while four are used; those past the last are slack.
-      Four<T> even[4], odd[4];
-      load_rows(even, w, row_length);
-      for (;;) {
-        load_rows(odd, w, row_length);
-        four_terms(acc, x, j, even);
-        if ((j += 4) + 4 > end) {
-          w -= 4 * row_length;
-          break;
-        }
-        load_rows(even, w, row_length);
-        four_terms(acc, x, j, odd);
-        if ((j += 4) + 4 > end) {
-          w -= 4 * row_length;
-          break;
+      // Weights come from L2: four rows are on their way while four are used; those past the last are slack.
+      Four<T> rows[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k, w += row_length) rows[k] = fixed4(w);
+      for (; j + 4 <= end; j += 4) {
+        Four<T> xs[P];
+#pragma unroll
+        for (int p = 0; p < P; ++p) xs[p] = load4(x[p]), x[p] += 4;
+#pragma unroll
+        for (int k = 0; k < 4; ++k, w += row_length) {
+#pragma unroll
+          for (int p = 0; p < P; ++p)
+#pragma unroll
+            for (int o = 0; o < 4; ++o) acc[p][o] += xs[p].v[k] * rows[k].v[o];
+          rows[k] = fixed4(w);
         }
       }
+      w -= 4 * row_length;
     }
 #pragma unroll(sizeof(T) == 4 ? 4 : 1)
-    for (; j < end; ++j, w += row_length) {
+    for (int i = 0; i < end - j; ++i, w += row_length) {
       const Four<T> ws = fixed4(w);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        const T xs = x[p][j];
+        const T xs = x[p][i];
 #pragma unroll
         for (int o = 0; o < 4; ++o) acc[p][o] += xs * ws.v[o];
       }
@@ -101,73 +90,64 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
 }
 
 template <class T>
-GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
-  const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.whole_block ? 1 : HW, positions = t.count * each;
-  const int O = op.O, groups = op.groups, L = op.run_length, K = static_cast<int>(op.runs) * L,
-            row_length = weight_row(O);
-  const int position = op.whole_block ? 0 : op.src.position, row = op.whole_block ? 0 : op.src.row;
+GK_RECORD void run(const WindowRecord& op, const Tile<T> t) {
+  const bool whole = op.whole_block;
+  const int W = op.W, each = whole ? 1 : op.H * W, positions = t.count * each, O = op.O, groups = op.groups;
+  const int C = op.C, L = op.run_length, K = static_cast<int>(op.runs) * L, row_length = weight_row(O);
   // A whole-block record may use all of the workspace; other records have their scratch there.
-  const WindowShape s =
-      window_shape<kPositions>(positions, O, groups, K, t.warps(), op.whole_block ? t.args.workspace : 0);
+  const WindowShape s = window_shape<kPositions>(positions, O, groups, K, t.warps(), whole ? t.args.workspace : 0);
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
-  const int channel_lane = t.lane() % s.channel_lanes, position_lane = t.lane() / s.channel_lanes;
-  const bool aligned = ((op.src.offset | op.src.sample | position | row | op.C) & 3) == 0;
+  const bool aligned =
+      ((op.src.offset | op.src.sample | (whole ? 0 : op.src.position) | (whole ? 0 : op.src.row) | C) & 3) == 0;
   const Divider samples(each), rows(W);
+  const T* bias = t.args.packed + op.bias;
   T* parts = t.buf;  // [part][tile][4 · 4][lane]
 
+  // A lane's position p, counted over all samples.
+  const auto position = [&](const WindowShape::Share& own, int p) {
+    return (own.tile * kPositions + p) * s.position_lanes + own.lane;
+  };
+  const auto at = [&](const Place& place, int position) {
+    const auto [m, q] = samples.parts(position);
+    const auto [h, w] = rows.parts(q);
+    return t.at(place, m, 0, h, w);
+  };
   for (int item = t.warp(); item < s.tiles * s.split; item += t.warps()) {
     const int tile = item % s.tiles, part = item / s.tiles;
-    const int group = tile / (s.across * s.along), rest = tile - group * (s.across * s.along);
-    const int o = rest % s.across * (s.channel_lanes * 4) + channel_lane * 4,
-              p0 = rest / s.across * (s.position_lanes * kPositions) + position_lane;
-    const bool on = o < O;
+    const WindowShape::Share own = s.share(tile, t.lane());
+    const bool on = own.channel < O;
     int offset[kPositions];
 #pragma unroll
-    for (int p = 0; p < kPositions; ++p) {
-      const int at = p0 + p * s.position_lanes < positions ? p0 + p * s.position_lanes : 0;
-      const auto [m, q] = samples.parts(at);
-      const auto [h, w] = rows.parts(q);
-      offset[p] = static_cast<int>(t.at(op.src, m) - t.buf) + h * row + w * position + group * static_cast<int>(op.C);
-    }
+    for (int p = 0; p < kPositions; ++p)
+      offset[p] =
+          static_cast<int>(at(op.src, position(own, p) < positions ? position(own, p) : 0) - t.buf) + own.group * C;
     T acc[kPositions][4] = {};
-    const T* w = t.args.packed + op.weights + group * K * row_length + (on ? o : 0);
+    const T* w = t.args.packed + op.weights + own.group * K * row_length + (on ? own.channel : 0);
     const int k0 = part * step, k1 = k0 + step < K ? k0 + step : K;
     if (k0 < k1) window_sum(acc, t.buf, offset, aligned, t.args.tables + op.run_table, L, w, row_length, k0, k1);
-    if (s.split > 1) {
-#pragma unroll
-      for (int p = 0; p < kPositions; ++p)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) parts[((part * s.tiles + tile) * 16 + p * 4 + k) * kWarp + t.lane()] = acc[p][k];
-      continue;
-    }
-    if (!on) continue;
-    const T* bias = t.args.packed + op.bias + group * row_length + o;
+    const T* b = bias + own.group * row_length + own.channel;
 #pragma unroll
     for (int p = 0; p < kPositions; ++p) {
-      const int at = p0 + p * s.position_lanes;
-      if (at >= positions) continue;
-      const auto [m, q] = samples.parts(at);
-      const auto [h, w] = rows.parts(q);
-      T* y = t.at(op.dst, m) + Steps(op.dst)(h, w) + group * O + o;
+      if (s.split > 1) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (o + k < O) y[k] = acc[p][k] + fixed(bias + k);
+        for (int k = 0; k < 4; ++k) parts[((part * s.tiles + tile) * 16 + p * 4 + k) * kWarp + t.lane()] = acc[p][k];
+      } else if (on && position(own, p) < positions) {
+        T* y = at(op.dst, position(own, p)) + own.group * O + own.channel;
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (own.channel + k < O) y[k] = acc[p][k] + fixed(b + k);
+      }
     }
   }
   if (s.split == 1) return;
   __syncthreads();
   for (int i = t.tid(); i < s.tiles * 16 * kWarp; i += t.threads()) {
-    const int lane = i % kWarp, number = i / kWarp % 16, tile = i / (16 * kWarp);
-    const int group = tile / (s.across * s.along), rest = tile - group * (s.across * s.along);
-    const int o = rest % s.across * (s.channel_lanes * 4) + lane % s.channel_lanes * 4 + number % 4;
-    const int at =
-        rest / s.across * (s.position_lanes * kPositions) + lane / s.channel_lanes + number / 4 * s.position_lanes;
-    if (o >= O || at >= positions) continue;
-    T sum = fixed(t.args.packed + op.bias + group * row_length + o);
+    const WindowShape::Share own = s.share(i / (16 * kWarp), i % kWarp);
+    const int o = own.channel + i / kWarp % 4, p = position(own, i / (4 * kWarp) % 4);
+    if (o >= O || p >= positions) continue;
+    T sum = fixed(bias + own.group * row_length + o);
     for (int part = 0; part < s.split; ++part) sum += parts[part * s.tiles * 16 * kWarp + i];
-    const auto [m, q] = samples.parts(at);
-    const auto [h, w] = rows.parts(q);
-    t.at(op.dst, m)[Steps(op.dst)(h, w) + group * O + o] = sum;
+    at(op.dst, p)[own.group * O + o] = sum;
   }
 }
 
@@ -175,47 +155,29 @@ GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
 //
 // The tiles are those above, but a thread's positions are whole pools.
 
-// The bits of four channels, or of those that are `real`; the neighbour with the other four of a byte joins in. All
-// lanes must call this together.
-template <class T>
-GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int plane_bytes, int taps, bool on, uint32_t real,
-                          int channel_lane, int channel_lanes) {
-#pragma unroll 1
-  for (int j = 0; j < taps; ++j) {
-    const uint32_t nibble = on ? winners.won(j) & real : 0u, next = __shfl_xor_sync(0xffffffffu, nibble, 1);
-    if (on && !(channel_lane & 1))
-      planes[j * plane_bytes] = static_cast<uint8_t>(channel_lanes > 1 ? nibble | next << 4 : nibble);
-  }
-}
-
 template <class T, int Taps>
 GK_DEVICE void window_pooled(const PooledWindowRecord& op, const Tile<T>& t) {
   constexpr int P = kPooled<T>, kPools = P / Taps;
-  const int wide = op.W, pooled = static_cast<int>(op.H) * wide, positions = t.count * pooled * Taps;
-  const int O = op.O, L = op.run_length, K = static_cast<int>(op.runs) * L, row_length = weight_row(O);
+  const int W = op.W, each = op.H * W, pools = t.count * each, O = op.O, L = op.run_length;
+  const int K = static_cast<int>(op.runs) * L, row_length = weight_row(O);
   const int kh = op.pattern.kh, kw = op.pattern.kw, plane_bytes = op.pattern.plane_bytes;
-  const int position = op.src.position, row = op.src.row;
-  const WindowShape s = window_shape<P>(positions, O, 1, K, t.warps(), 0);
-  const int channel_lane = t.lane() % s.channel_lanes, position_lane = t.lane() / s.channel_lanes;
-  const bool aligned = ((op.src.offset | op.src.sample | position | row | op.C) & 3) == 0;
-  const bool joined = O % 4 == 0 && by_fours(op.dst);
-  const Divider samples(pooled), rows(wide), columns(kw), across(s.across);
+  const WindowShape s = window_shape<P>(pools * Taps, O, 1, K, t.warps(), 0);
+  const bool aligned = ((op.src.offset | op.src.sample | op.src.position | op.src.row | op.C) & 3) == 0;
+  const bool together = O % 4 == 0 && by_fours(op.dst);
+  const Divider samples(each), rows(W), columns(kw);
   for (int item = t.warp(); item < s.tiles; item += t.warps()) {
-    const auto [along, part] = across.parts(item);
-    const int o = part * (s.channel_lanes * 4) + channel_lane * 4,
-              q0 = (along * s.position_lanes + position_lane) * kPools;
-    const uint32_t real = o >= O ? 0u : O - o < 4 ? (1u << (O - o)) - 1 : 15u;
+    const WindowShape::Share own = s.share(item, t.lane());
+    const int o = own.channel, q0 = (own.tile * s.position_lanes + own.lane) * kPools;
     int m[kPools], q[kPools], offset[P];
 #pragma unroll
     for (int i = 0; i < kPools; ++i) {
-      const auto [sample, place] = samples.parts(q0 + i < t.count * pooled ? q0 + i : 0);
+      const auto [sample, place] = samples.parts(q0 + i < pools ? q0 + i : 0);
       const auto [h, w] = rows.parts(place);
       m[i] = sample, q[i] = place;
 #pragma unroll
       for (int j = 0; j < Taps; ++j) {
         const auto [jh, jw] = columns.parts(j);
-        offset[i * Taps + j] =
-            static_cast<int>(t.at(op.src, sample) - t.buf) + (h * kh + jh) * row + (w * kw + jw) * position;
+        offset[i * Taps + j] = static_cast<int>(t.at(op.src, sample, 0, h * kh + jh, w * kw + jw) - t.buf);
       }
     }
     T acc[P][4] = {};
@@ -224,7 +186,7 @@ GK_DEVICE void window_pooled(const PooledWindowRecord& op, const Tile<T>& t) {
     const Four<T> bias = fixed4(t.args.packed + op.bias + (o < O ? o : 0));
 #pragma unroll
     for (int i = 0; i < kPools; ++i) {
-      const bool on = o < O && q0 + i < t.count * pooled;
+      const bool on = o < O && q0 + i < pools;
       Winners<T> winners;
 #pragma unroll
       for (int j = 0; j < Taps; ++j) {
@@ -235,21 +197,16 @@ GK_DEVICE void window_pooled(const PooledWindowRecord& op, const Tile<T>& t) {
       }
       if (op.relu) winners.rectify();
       const auto [h, w] = rows.parts(q[i]);
-      T* y = t.at(op.dst, m[i]) + Steps(op.dst)(h, w) + o;
-      if (on && joined) store4(y, winners.top);
-      if (on && !joined) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          if (o + k < O) y[k] = winners.top.v[k];
-      }
-      store_bits(winners, t.bits(op.pattern, m[i]) + q[i] * Taps * plane_bytes + o / 8, plane_bytes, Taps, on, real,
-                 channel_lane, s.channel_lanes);
+      if (on) store_some(t.at(op.dst, m[i], 0, h, w) + o, winners.top, O - o, together);
+      const bool even = !(t.lane() % s.channel_lanes & 1);
+      store_bits(winners, t.bits(op.pattern, m[i]) + q[i] * Taps * plane_bytes + o / 8, plane_bytes, Taps,
+                 on ? first_bits(O - o) : 0u, on && even, s.channel_lanes > 1);
     }
   }
 }
 
 template <class T>
-GK_RECORD void run_window_pooled(const PooledWindowRecord& op, const Tile<T> t) {
+GK_RECORD void run(const PooledWindowRecord& op, const Tile<T> t) {
   const int64_t taps = op.pattern.taps;
   taps == 1 ? window_pooled<T, 1>(op, t) : taps == 2 ? window_pooled<T, 2>(op, t) : window_pooled<T, 4>(op, t);
 }

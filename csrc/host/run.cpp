@@ -83,8 +83,7 @@ namespace {
 
 template <class T>
 const char* chain(const cuda::Args<T>& args, int blocks, int threads, int64_t bytes) {
-  const char* const error = cuda::prepare_chain<T>(static_cast<int>(bytes));
-  return error ? error : cuda::launch_chain(args, blocks, threads, static_cast<size_t>(bytes), nullptr);
+  return cuda::launch_chain(args, blocks, threads, static_cast<size_t>(bytes), static_cast<int>(bytes), nullptr);
 }
 
 // `windows`: results per place of a window.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..codegen.support import NATIVE_DTYPES
-from ..dispatch.request import check_output, jacobian_choice
+from ..dispatch.checks import check_output
 from ..dispatch.route import one_call
-from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
+from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds, jacobian_choice
 from ..ir.program import Shape
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind
@@ -116,13 +116,12 @@ def one_by_one(
     """
     rows = format_tensor_into_tuples(inputs)
     seeds, out = resolve_targets(fn, rows, extra, targets)
-    index = seeds.rows(0, rows[0].shape[0])
     torch_state, numpy_state = RandomState(), np.random.get_state()
     results = []
     for s in with_progress(range(seeds.count), seeds.count, "outputs", lambda s: 1):
         torch_state.restore()
         np.random.set_state(numpy_state)
-        column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
+        column = torch.tensor(s) if seeds.indices is None else seeds.indices[..., s]  # [] or [N]
         with buffers_kept(nn.ModuleList(modules_behind(fn))):
             results.append(attribute(captum_target(column, out)))
     tree = split_seed_axis(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
@@ -168,16 +167,16 @@ def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], 
     before = [b.expand(n, *b.shape[1:]) if b.shape[0] == 1 else b for b in before]
     with torch.no_grad():
         difference = rows_out(points) - rows_out(points.at(before, points.more))  # [N, C]
-    return sum(sums[1:], sums[0]).detach() - pick_outputs(difference, seeds.rows(0, n))
+    return sum(sums[1:], sums[0]).detach() - pick_outputs(difference, seeds.indices)
 
 
-def pick_outputs(outputs: Tensor, index: Tensor | None) -> Tensor:
-    """The outputs ``[N, *out]`` at the flat indices ``index`` (None, ``[S]`` or ``[N, S]``): ``[N, S]``."""
+def pick_outputs(outputs: Tensor, targets: Tensor | None) -> Tensor:
+    """The outputs ``[N, *out]`` at the flat indices ``targets`` (None, ``[S]`` or ``[N, S]``): ``[N, S]``."""
     outputs = outputs.unsqueeze(-1).flatten(1)  # [N] is one number per sample
-    if index is None:
+    if targets is None:
         return outputs
-    index = index.to(outputs.device)
-    return outputs[:, index] if index.dim() == 1 else outputs.gather(1, index)
+    targets = targets.to(outputs.device)
+    return outputs[:, targets] if targets.dim() == 1 else outputs.gather(1, targets)
 
 
 def rows_out(points: Points, rows: int = 1024) -> Tensor:
@@ -194,8 +193,8 @@ class RowMethod(PublicMethod, stock.GradientAttribution):
     over noise, without keeping the noisy samples.
     """
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        """Attributions, one ``[R, S, *in]`` per input.  ``index``: the outputs, None, ``[S]`` or ``[R, S]``.
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors | None:
+        """Attributions of the outputs ``seeds``, one ``[R, S, *in]`` per input.
 
         None if the model has no Program and the method needs one.
         """
@@ -217,7 +216,7 @@ class RowMethod(PublicMethod, stock.GradientAttribution):
         if points is None:
             return None
         seeds, _ = points.choose(jacobian_choice(targets))
-        parts = self.row_maps(points, seeds.rows(0, points.samples), seeds.count, options)
+        parts = self.row_maps(points, seeds, options)
         if parts is None:
             return None
         off = self._row_delta(parts, points, seeds, options) if delta else None

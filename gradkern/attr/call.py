@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.request import checked_wrt, is_one_index, out_tensor
+from ..dispatch.arguments import checked_wrt, is_one_index, out_tensor
 from ..dispatch.route import one_call
 from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept
@@ -31,6 +31,7 @@ from ..util.options import BadType, BadValue, Engine, use
 from ..util.progress import showing_progress
 from ..util.random_state import RandomState
 from ..util.renamed import adopt_old_methods
+from .old_signatures import adopt_indices
 
 if TYPE_CHECKING:
     from .plug import GradientFunc
@@ -78,6 +79,7 @@ class PublicMethod:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         adopt_old_methods(cls, OLD_NAMES)
+        adopt_indices(cls, ("row_maps", "layer_maps"))
         for name, wrap in (("attribute", _attribute), ("attribute_all", _attribute_all)):
             function = getattr(cls, name, None)
             if function is not None and not hasattr(function, "_is_public"):
@@ -168,7 +170,7 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 class _Call(ExitStack):
-    """The public call in progress, and the models whose buffers are restored at its end."""
+    """The current public call, and the models whose buffers are restored at its end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +182,7 @@ _current: ContextVar[_Call | None] = ContextVar("gradkern_attribution", default=
 
 @contextmanager
 def public_call(method: Any) -> Iterator[None]:
-    """Make everything inside one call of ``method``, after which the method and the model are as before."""
+    """Treat everything inside as one public call of ``method``; afterwards, restore the method and the model."""
     # Captum sets the gradient of some of its objects at every call
     gradients = [(part, part.gradient_func) for part in _with_parts(method) if hasattr(part, "gradient_func")]
     try:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import api
-from ..dispatch.request import checked_wrt
-from ..dispatch.targets import TopK
+from ..dispatch.arguments import checked_wrt
+from ..dispatch.targets import Seeds, TopK
 from ..util.options import Engine
 from ..util.outputs import Output
-from ..util.renamed import keyword_only, note
+from ..util.renamed import keyword_only, warn_of_old_name
 from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all
 from .call import CallOptions
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
@@ -41,8 +41,8 @@ class GradientMethod(RowMethod):
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""
         raise NotImplementedError
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
-        gradients = points.gradients(points.inputs, points.more, index, seeds)
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors:
+        gradients = points.gradients(points.inputs, points.more, seeds)
         self.finish_gradients(gradients, points.inputs, options)
         return gradients
 
@@ -66,7 +66,7 @@ class GradientMethod(RowMethod):
         return jacobian
 
     def _jacobian(self, *args: Any) -> Any:
-        note("GradientMethod._jacobian", "GradientMethod.attribute_by_jacobian", 3)
+        warn_of_old_name("GradientMethod._jacobian", "GradientMethod.attribute_by_jacobian", 3)
         return self.attribute_by_jacobian(*args)
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
-from ..dispatch.targets import Seeds
+from ..dispatch.targets import Seeds, jacobian_choice
 from ..util.chunks import RowBlock, row_blocks
 from ..util.options import BadType
 from . import captum_compat as compat
@@ -214,17 +213,16 @@ class AllOutputs:
 
     def _add_block(self, rows: Tensors, block: RowBlock, count: int, options: Options) -> bool:
         """Add the attributions of the noisy ``rows`` of a block, of ``count`` copies of every sample in all."""
-        method, index = self.tunnel.attribution_method, self.seeds.rows(block.a, block.b)
-        rows = tuple(x.detach() for x in rows)
-        these = index if index is None or index.dim() == 1 else index.repeat_interleave(block.copies, 0)
+        method, rows = self.tunnel.attribution_method, tuple(x.detach() for x in rows)
+        seeds = self.seeds.part(block.a, block.b).repeat_interleave(block.copies)
         options = {k: self._option(v, k, block, count) for k, v in options.items()}
         points = self.points.at(rows, tuple(map(block.copies_of, self.points.more)))
-        maps = method.row_maps(points, these, self.seeds.count, options)
+        maps = method.row_maps(points, seeds, options)
         if maps is None:
             return False
         delta = None
         if self.wants_delta:
-            delta = method._row_delta(maps, points, Seeds(self.seeds.count, self.seeds.axes, these), options)
+            delta = method._row_delta(maps, points, seeds, options)
         self.result.add(block, maps, delta)
         return True
 
@@ -313,7 +311,7 @@ class _Stream:
         return taken
 
     def spent(self) -> torch.Generator:
-        """A generator that starts where this stream will have ended."""
+        """A generator in the state after all numbers of this stream."""
         assert self.generator is not None
         twin = _Stream(self.total, 1.0, self.stdev.device, self.generator.clone_state())
         while twin.drawn < self.total:

@@ -103,11 +103,11 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         options |= {"internal_batch_size": internal_batch_size}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         weights, alphas = path_steps(options.get("method", "gausslegendre"), options.get("n_steps", 50))
         points.most = options.get("internal_batch_size")
-        totals = path_sum(points, baselines, Seeds(seeds, (seeds,), index), weights.float(), alphas)
+        totals = path_sum(points, baselines, seeds, weights.float(), alphas)
         if self.multiplies_by_inputs:
             times_difference(totals, rows, baselines)
         return totals
@@ -151,10 +151,10 @@ class RandomPoint(RowMethod, compat.InputBaselineXGradient):
 
     hypothetical = False
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         with torch.no_grad():
-            gradients = points.gradients(random_points(rows, baselines), points.more, index, seeds)
+            gradients = points.gradients(random_points(rows, baselines), points.more, seeds)
             if self.hypothetical:
                 return tuple(of_bases(g, b.unsqueeze(1), 2) for g, b in zip(gradients, baselines, strict=True))
         if self.multiplies_by_inputs:

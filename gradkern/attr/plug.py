@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..dispatch import state
 from ..dispatch.request import Request
-from ..dispatch.route import Route, decide, shared_route, solve
+from ..dispatch.route import Route, decide, shared_route
+from ..dispatch.solve import solve
 from ..util import options
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind, name_of, unwrap, with_output

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 from ..dispatch import batching
+from ..dispatch.autograd_call import output_shape, whole_batch_reason
 from ..dispatch.request import Request
-from ..dispatch.route import Route, ensure_captured, output_shape, shared_route, solve, whole_batch_reason
-from ..dispatch.targets import Seeds, TopSeeds
+from ..dispatch.route import Route, shared_route
+from ..dispatch.solve import solve
+from ..dispatch.state import BoundProgram
+from ..dispatch.targets import Seeds
 from ..ir.program import Program, Shape
 from ..util.callables import with_given
 from ..util.chunks import samples_per_chunk
 from ..util.options import Engine
 from ..util.progress import with_progress
 from .captum_compat import format_additional_forward_args
+from .old_signatures import takes_seeds
 
 Tensors = tuple[Tensor, ...]
-LEAST_BLOCK = 64  # points per block at least, so that the fixed cost of a call is small
+LEAST_BLOCK = 64  # points per block at least: below that, the fixed cost of a call shows beside its kernel
 
 
 class Points:
@@ -59,6 +63,11 @@ class Points:
         """The route that all points of this call take."""
         return shared_route(self.base_request, self.engine)
 
+    @cached_property
+    def plain_torch(self) -> bool:
+        """Whether plain torch runs the steps of the model's Program."""
+        return batching.plain_torch(self.route.engine, self.base_request.inputs)
+
     @property
     def couples_batch(self) -> bool:
         """Whether one forward must see all points of a call (batch statistics, random draws)."""
@@ -70,37 +79,41 @@ class Points:
 
     def captured(self) -> Program | None:
         """The model's Program, captured now if it is not known; None if the model has none (a warning says why)."""
-        if self.route.engine != "autograd":
-            ensure_captured(self.base_request, self.route)
-        return self.route.program
+        bound = self.route.bound_program(self.base_request)
+        return None if bound is None else bound.program
+
+    @property
+    def bound(self) -> BoundProgram:
+        """The model's Program, which has been captured, and its live tensors."""
+        assert self.route.bound is not None
+        return self.route.bound
 
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
         """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
         out = output_shape(self.base_request, self.route)
         seeds = choice(self.samples, out)
-        if isinstance(seeds, TopSeeds):
+        if seeds.awaits_outputs:
             with torch.inference_mode(False), torch.no_grad():
                 y = self.fn(*[x.detach().clone() for x in (*self.inputs, *self.more)])
             return seeds.chosen_by(y), out
         return seeds, out
 
+    @takes_seeds(3)
     def gradients(
         self,
         points: Sequence[Tensor],
         more: Sequence[Tensor],
-        index: Tensor | None,
-        seeds: int,
+        seeds: Seeds,
         *,
         program: Program | None = None,
         ahead: int = 0,
     ) -> tuple[Tensor, ...]:
-        """One ``[R, S, *in]`` per input at the points ``[R, *in]``; ``index``: None, ``[S]`` or ``[R, S]``.
+        """One ``[R, S, *in]`` per input at the points ``[R, *in]``.
 
         ``program`` takes the place of the model's own.  ``ahead``: points still to come, which count in the decision to
         capture.
         """
-        chosen = Seeds(seeds, (seeds,), index)
-        request = Request(self.fn, (*points, *more), self.wrt, lambda n, out: chosen, ahead=ahead)
+        request = Request(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=ahead)
         route = self.route
         if not route.serves(request, route.engine):  # points of another dtype than the inputs
             route = shared_route(request, self.engine)
@@ -108,18 +121,19 @@ class Points:
             result = solve(request, route)
         else:
             route.check_reached(request)
-            result = batching.run(request, program, route.tensors, route.engine)
+            result = batching.run(request, program, self.bound.tensors, route.engine)
         return result.jacobians
 
-    def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
+    def blocks(self, steps: int, seed_count: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
-        pieces = blocks(self.samples, steps, gradient_bytes(self.inputs, seeds), self.inputs[0].device, self.most)
+        point_bytes = gradient_bytes(self.inputs, seed_count)
+        pieces = blocks(self.samples, steps, point_bytes, self.inputs[0].device, self.most)
         return with_progress(pieces, self.samples * steps, "points", lambda p: (p[1] - p[0]) * (p[3] - p[2]))
 
 
-def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
+def gradient_bytes(inputs: Sequence[Tensor], seed_count: int) -> int:
     """Bytes of the gradients of all seeds at one point."""
-    return max(1, max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in inputs))
+    return max(1, max(1, seed_count) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in inputs))
 
 
 def block_rows(point_bytes: int, device: torch.device) -> int:
@@ -173,11 +187,6 @@ def repeat_rows(rows: Sequence[Tensor], a: int, b: int, steps: int) -> list[Tens
     return [x[a:b].repeat(steps, *(1,) * (x.dim() - 1)) for x in rows]
 
 
-def repeat_index(index: Tensor | None, a: int, b: int, steps: int) -> Tensor | None:
-    """The seeds ``index`` (None, ``[S]`` or ``[N, S]``) of the points of `between`, repeated for every step."""
-    return index if index is None or index.dim() == 1 else index[a:b].repeat(steps, 1)
-
-
 def rows_of(baseline: Any, a: int, b: int) -> Any:
     """The rows ``a:b`` of a baseline: a number, one row for all samples, or a row for each."""
     if not isinstance(baseline, Tensor):
@@ -204,12 +213,11 @@ def path_sum(
         torch.zeros(x.shape[0], seeds.count, *x.shape[1:], dtype=x.dtype, device=x.device) for x in points.inputs
     )
     ahead = len(alphas) * points.samples
-    index = seeds.rows(0, points.samples)
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
-            more, chunk_index = repeat_rows(points.more, a, b, last - first), repeat_index(index, a, b, last - first)
-            gradients = points.gradients(at, more, chunk_index, seeds.count, ahead=ahead)
+            more, steps = repeat_rows(points.more, a, b, last - first), last - first
+            gradients = points.gradients(at, more, seeds.part(a, b).repeat(steps), ahead=ahead)
             ahead -= len(at[0])
             for total, g in zip(totals, gradients, strict=True):
                 total[a:b] += weighted_sum(g, weights[first:last])

@@ -231,7 +231,7 @@ def _called(call: ast.Call) -> str:
 
 
 def _is_small_power(call: ast.Call) -> bool:
-    """Whether the exponent is a small number: towers of powers would take for ever."""
+    """Whether the exponent is a small number: nested powers could take forever."""
     if len(call.args) != 2:
         return False
     exponent = call.args[1]

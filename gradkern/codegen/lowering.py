@@ -1,6 +1,6 @@
 """Lowering: from the units of a native group to its :class:`~gradkern.codegen.chain.Chain`.
 
-`lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialized and which are
+`lower_units` decides everything that does not depend on tensor data: which cotangents are materialized and which are
 read through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed
 at a time.  It is pure: equal arguments give equal chains.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..ir.program import Program
 from . import records, units
@@ -17,16 +18,18 @@ from .buffers import Buffers, extent
 from .chain import Chain, LaidOut
 from .emitters import Emitter
 from .encoding import CpuSizes, encode
-from .grouping import GraphBuilder
 from .layouts import Layouts
 from .local import MOST_LIVE_SHARE, Reaches, best_tile, reaches
 from .machine import Machine
 from .records import Extent, Place, Record, WindowT
 from .scratch import assign_places, block_size, even_tile, mark_lifetimes, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
-from .units import Node, Unit, rectifies_cotangent
+from .unit_graph import GraphBuilder
+from .units import Node, Unit, UnitGraph, rectifies_cotangent
 
-FEW_SEEDS = 16  # up to this many, samples share the weights of linear layers, which local seeds would not allow
+#: Up to this many seeds, samples share the weights of linear layers, which local seeds would not allow: reading them
+#: again for every sample has to be paid back by several tiles of seeds.  The limit was not measured by itself.
+FEW_SEEDS = 16
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,26 @@ def emit_slopes(e: Emitter) -> None:
     for unit in e.spec.graph.units:
         if isinstance(unit, units.GivenDerivative | units.GivenPattern):
             dst = e.slope(unit) if type(unit) is units.GivenDerivative else e.value(unit.out)
-            shape, out = extent(unit.out), unit.out
+            covered, out = extent(unit.out), unit.out
             if unit.storage_order:  # the storage has the tensor's own order
-                dst, shape = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)
-            e.forward.append(records.Load(input=inputs.index(unit.slope), dst=dst, extent=shape))
+                dst, covered = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)
+            e.forward.append(records.Load(input=inputs.index(unit.slope), dst=dst, extent=covered))
             e.emit_derivative(unit)
 
 
-def emit_forward(e: Emitter) -> None:
+def emit_forward_pass(e: Emitter) -> None:
     for unit in e.spec.graph.units:
         e.zero_border(unit)
         e.emit_forward(unit)
     for k, (value, node) in enumerate(e.spec.graph.outputs.items()):
-        src, shape = e.external(value, node, e.buffers.value(node))
-        e.forward.append(records.Store(src=src, output=k, extent=shape))
+        src, covered = e.external(value, node, e.buffers.value(node))
+        e.forward.append(records.Store(src=src, output=k, extent=covered))
 
 
 # ---- backward
 
 
-def emit_backward(e: Emitter) -> None:
+def emit_backward_pass(e: Emitter) -> None:
     graph, cotangents = e.spec.graph, e.spec.cotangents
     for k, (value, node) in enumerate(graph.outputs.items()):
         if node in cotangents.needs and node.producer is not cotangents.seed_rows_unit:
@@ -84,11 +87,11 @@ def emit_backward(e: Emitter) -> None:
 def emit_seeds(e: Emitter, k: int, value: int, node: Node) -> None:
     """The seeds at the ``k``-th output of the group."""
     e.zero_once(node)
-    dst, shape = e.external(value, node, e.cotangent_buffer(node))
+    dst, covered = e.external(value, node, e.cotangent_buffer(node))
     if e.spec.onehot:
-        e.backward.append(records.SeedOneHot(dst=dst, extent=shape))
+        e.backward.append(records.SeedOneHot(dst=dst, extent=covered))
     else:
-        e.backward.append(records.SeedDense(dst=dst, cotangent=k, extent=shape))
+        e.backward.append(records.SeedDense(dst=dst, cotangent=k, extent=covered))
 
 
 def emit_seed_rows(e: Emitter, node: Node) -> None:
@@ -119,14 +122,14 @@ def store_cotangent(e: Emitter, k: int, value: int) -> None:
         return
     if source.node is node:
         e.zero_once(node)  # zeros if nothing was added
-    src, shape = e.external(value, source.node, e.cotangent_buffer(source.node))
+    src, covered = e.external(value, source.node, e.cotangent_buffer(source.node))
     rows = e.layouts.interleaved_rows(source.node)
     if rows == 1:
-        e.backward.append(records.StoreT(src=src, result=k, extent=shape))
+        e.backward.append(records.StoreT(src=src, result=k, extent=covered))
         return
     above, left = node.halo[0], node.halo[2]
     src = Place(src.buffer, 0, row=src.row, position=src.position)
-    record = records.StoreT(src=src, result=k, extent=shape, fold=rows, halo_rows=above, halo_columns=left)
+    record = records.StoreT(src=src, result=k, extent=covered, fold=rows, halo_rows=above, halo_columns=left)
     e.backward.append(record)
 
 
@@ -204,10 +207,14 @@ def live_lists(backward: list[Record]) -> tuple[int, int]:
 CPU = Backend(lambda spec: Emitter(spec, Layouts(spec), Buffers()), lay_out)
 
 
-def lower_to_chain(
+def lower_to_chain(program: Program, steps: list[int], live_out: list[int], *args: Any, **kwargs: Any) -> Chain:
+    """`lower_units` of the native steps ``steps`` of a program, with the values ``live_out`` wanted from them."""
+    return lower_units(program, GraphBuilder(program, steps, live_out).build(), *args, **kwargs)
+
+
+def lower_units(
     program: Program,
-    steps: list[int],
-    live_out: list[int],
+    graph: UnitGraph,
     machine: Machine,
     itemsize: int,
     seeds: int,
@@ -216,28 +223,30 @@ def lower_to_chain(
     linear: bool = False,
     backend: Backend = CPU,
 ) -> Chain:
-    """Lower the native steps ``steps`` of a program.
+    """Lower the units of a native group of a program's steps.
 
-    ``live_out``: values wanted from the group; ``wrt``: external values whose cotangents are wanted; ``onehot``:
+    ``wrt``: external values whose cotangents are wanted; ``onehot``:
     the seeds are one-hot at the single output (else dense cotangents are given for every output).  ``linear``: no
     value is computed, as every scale of the group is `Given` (its slopes are external values).
     """
-    graph = GraphBuilder(program, steps, live_out).build()
     wrt = tuple(v for v in graph.inputs if v in wrt)
     spec = ChainSpec(graph, machine, itemsize, seeds, wrt, onehot, linear)
     emitter = backend.emitter(spec)
     rows_unit = spec.cotangents.seed_rows_unit
     rows = None if rows_unit is None else emitter.layouts.scatter(rows_unit, None)
-    emit_slopes(emitter) if linear else emit_forward(emitter)
+    if linear:
+        emit_slopes(emitter)
+    else:
+        emit_forward_pass(emitter)
     if seeds:
-        emit_backward(emitter)
+        emit_backward_pass(emitter)
     return Chain(
         **vars(backend.lay_out(emitter)),
         tables=tuple(emitter.tables.integers),
         layouts=tuple(emitter.layouts.made.values()),
         inputs=tuple(graph.inputs),
-        outputs=tuple(live_out),
-        output_sizes=tuple(math.prod(program.shape(v)) for v in live_out),
+        outputs=tuple(graph.outputs),
+        output_sizes=tuple(math.prod(program.shape(v)) for v in graph.outputs),
         wrt=wrt,
         seed_rows=None if rows is None else (rows.weights, rows.row_length),
         rectify_seed_rows=rows_unit is not None and rectifies_cotangent(rows_unit.reads[0].producer),

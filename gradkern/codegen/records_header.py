@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def parts() -> str:
 
 def header() -> str:
     """The text of csrc/records.h."""
+    kinds = textwrap.indent(textwrap.fill(" ".join(f"X({kind.__name__})" for kind in KINDS), 110), "  ")
     out = [
         "// Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.",
         "//",
@@ -127,8 +129,15 @@ def header() -> str:
         f'constexpr char kRecordLayout[] = "{layout_fingerprint()}";',
         f"constexpr int kRecordWidth = {WIDTH};  // integers in a row",
         "",
+        "// clang-format off",
+        "#define GRADKERN_KINDS(X) \\",
+        kinds.replace("\n", " \\\n"),
+        "// clang-format on",
+        "",
         "enum class Kind : int64_t {",
-        *(f"  {cls.__name__}," for cls in KINDS),
+        "#define X(name) name,",
+        "  GRADKERN_KINDS(X)",
+        "#undef X",
         "};",
         "",
         "// Any record: a row of integers.",

@@ -7,7 +7,7 @@ Between the :class:`~gradkern.ir.program.Program` and its records (:mod:`.record
 * a **unit** is the work of one kernel: a contraction with the batch norms after it folded in, a ReLU and max pool
   as one bit pattern, …  There is one class per kind.
 
-:mod:`gradkern.codegen.grouping` builds them from the steps of a group.
+:mod:`gradkern.codegen.unit_graph` builds them from the steps of a group.
 """
 
 from __future__ import annotations

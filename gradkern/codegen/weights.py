@@ -275,8 +275,11 @@ def mergeable(unit: units.Window, pattern: units.Pattern) -> bool:
 
 
 def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
-    """Approximate cycles per pool output: for each window a start and a read-add-write of every vector, and for each
-    live channel one multiply-add per vector, two at a time.  About three in four pool outputs are alive."""
+    """Approximate cycles per pool output: for each window a start (40) and a read-add-write of every vector (1.5), and
+    for each live channel one multiply-add per vector, two at a time.  About three in four pool outputs are alive.
+
+    These are estimates, which only decide which of two layouts is taken.
+    """
     vectors = len(layout.window) // 2
     windows = 1 if layout.merged else taps
     return windows * (40 + 1.5 * vectors * seeds) + 0.75 * layout.O * vectors * seeds / 2

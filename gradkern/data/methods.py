@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from .. import attr
 from ..attr.gradient import GradientMethod
-from ..dispatch import route
-from ..dispatch.request import Request, jacobian_choice, read_inputs
-from ..dispatch.route import decide, solve
-from ..dispatch.targets import TopK
+from ..dispatch import solve as solving
+from ..dispatch.arguments import read_inputs
+from ..dispatch.request import Request
+from ..dispatch.route import decide
+from ..dispatch.solve import solve
+from ..dispatch.targets import TopK, jacobian_choice
 from ..runtime.ops import Statistics
 from ..util import renamed
 from ..util.options import BadType, BadValue, Engine, use
@@ -55,7 +57,7 @@ class Outcome:
     @property
     def rows(self) -> Tensor | None:
         """The old name of ``targets``."""
-        renamed.note("Outcome.rows", "Outcome.targets", 3)
+        renamed.warn_of_old_name("Outcome.rows", "Outcome.targets", 3)
         return self.targets
 
 
@@ -129,7 +131,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
     if arguments.get("additional_forward_args") is not None:
         raise BadValue(
             "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
-            "arguments as further inputs, source=(x, more), and put what all samples share into the model."
+            "arguments as further inputs, with source=(x, more), and put what all samples share into the model."
         )
     for name, value in arguments.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -211,7 +213,7 @@ def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence
 
 
 def _has_own_references(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
-    """Are these references ``[N, R, *in]`` of input ``k``?"""
+    """Whether these are references ``[N, R, *in]`` of input ``k``."""
     return _has_rows(value) and k < len(inputs) and value.ndim == inputs[k].ndim + 1
 
 
@@ -230,8 +232,8 @@ def gradients(batch: Batch) -> Outcome:
     tensors, indices = read_inputs(batch.inputs, floating)
     request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
     results = solve(request, decide(request, batch.engine))
-    rows = results.indices
-    return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
+    seeds = results.seeds
+    return Outcome(results.jacobians, results.outputs, seeds.indices if seeds.per_sample else None)
 
 
 @register_method("saliency")
@@ -261,7 +263,7 @@ def add_to_sums(method: Method, batch: Batch, sums: Statistics) -> Tensor | None
     tensors, indices = read_inputs(batch.inputs, floating)
     sums = replace(sums, magnitude=_OF_GRADIENTS[method])
     request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets))
-    return route.add_to_sums(request, decide(request, batch.engine), sums)
+    return solving.add_to_sums(request, decide(request, batch.engine), sums)
 
 
 def _apply_gradient_method(batch: Batch, kind: type[GradientMethod]) -> Outcome:
@@ -319,7 +321,7 @@ class FromCaptum:
         out = tuple(outputs.shape[1:])
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()
         seeds = jacobian_choice(batch.targets)(n, out)
-        rows = seeds.indices if seeds.indices is not None and seeds.indices.dim() == 2 else None
+        rows = seeds.indices if seeds.per_sample else None
         if top:  # the outputs that were explained; another forward pass might order them differently
             rows = flat_indices(more[-1], out)
         maps = tuple(m.detach().reshape(n, seeds.count, *m.shape[1 + axes :]) for m in maps)

@@ -109,7 +109,7 @@ def stand_ins(inputs: Sequence[Tensor], *, for_guards: bool = False) -> tuple[Te
     shown, fresh = [], _remembered if for_guards else _fresh
     for place, x in enumerate(inputs):
         plain = not (x.is_neg() or x.is_conj())
-        shown.append(fresh(place, x.shape, x.dtype, x.device) if plain else _graded(x.detach()))
+        shown.append(fresh(place, x.shape, x.dtype, x.device) if plain else _requiring_grad(x.detach()))
     return tuple(shown)
 
 
@@ -118,7 +118,7 @@ def _fresh(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.devi
 
     The input may have other strides along axes of one element, as a sample of a wider tensor has.
     """
-    return _graded(torch.empty(shape, dtype=dtype, device=device))
+    return _requiring_grad(torch.empty(shape, dtype=dtype, device=device))
 
 
 @lru_cache(maxsize=256)
@@ -128,7 +128,7 @@ def _remembered(place: int, shape: torch.Size, dtype: torch.dtype, device: torch
     return x
 
 
-def _graded(x: Tensor) -> Tensor:
+def _requiring_grad(x: Tensor) -> Tensor:
     return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
 
 
@@ -148,7 +148,7 @@ def in_modes() -> bool:
 
 def matching(capture: GraphCache, local: dict[str, Any]) -> GraphMatch | None:
     """`find_graph`, outside of modes, for the arguments of a call by name."""
-    graded, latest = torch.is_grad_enabled(), capture.latest
+    grad_enabled, latest = torch.is_grad_enabled(), capture.latest
     torch._C._set_grad_enabled(True)  # as at capture, since a guard compares it
     try:
         for graph in capture.graphs if latest is None else (latest, *capture.graphs):
@@ -158,7 +158,7 @@ def matching(capture: GraphCache, local: dict[str, Any]) -> GraphMatch | None:
                 capture.latest = graph
                 return GraphMatch(graph, graph.tensors(local, capture.shared))
     finally:
-        torch._C._set_grad_enabled(graded)
+        torch._C._set_grad_enabled(grad_enabled)
     return None
 
 

@@ -13,8 +13,9 @@ from ..runtime.whole_chain import whole_chain
 from ..util.options import BadType, BadValue, Engine
 from . import batching
 from .request import Request
-from .route import VERIFY_SAMPLES, decide, solve, timing
-from .targets import Seeds, TopSeeds
+from .route import decide
+from .solve import solve, timing
+from .targets import Seeds
 
 
 class Prepared:
@@ -87,31 +88,26 @@ class Prepared:
         request = Request(fn, given, wrt, resolve_seeds)
         if self.program is None or self._engine in ("autograd", "reference"):
             return self._live
-        route = decide(request, "kernel")
-        if route.eager_reason is None:
-            route.capture(lambda: self._request.pick(VERIFY_SAMPLES))
-        if route.program is None:
+        route = decide(request, self._engine)
+        bound = None if route.eager_reason is not None else route.bound_program(self._request)
+        if bound is None:
             raise BadValue("model: it has changed since it was prepared, and now runs on autograd. Call jacobian.")
         route.check_reached(request)
-        program = self.program = route.program
+        program = self.program = bound.program
         seeds = shared_seeds(request, program.output_shape)
-        whole, packed = whole_chain(program, route.params(), given, seeds.indices, seeds.axes, wrt), None
+        whole, packed = whole_chain(program, bound.params(), given, seeds.indices, seeds.axes, wrt), None
         if whole is not None:
-            packed = whole.packed(route.tensors)
+            packed = whole.packed(bound.tensors)
         if whole is None or packed is None:
-            if self._engine == "auto" and not self._kernels_win(request):
+            measured = timing(request, route)  # None unless the engine is "auto"
+            if measured is not None and measured.way != "kernels":
                 return self._live
-            tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
+            tensors = {name: x.detach().clone() for name, x in bound.tensors.items()}
             return lambda inputs: (
                 batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, self._engine).shaped
             )
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
-
-    def _kernels_win(self, request: Request) -> bool:
-        """Whether kernels are faster for calls like this one.  One chain always is, without the overhead of a call."""
-        measured = timing(request, decide(request, self._engine))
-        return measured is None or measured.way == "kernels"
 
     def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A call of `jacobian`, which looks at the model again."""
@@ -128,7 +124,7 @@ def shared_seeds(request: Request, shape: Shape) -> Seeds:
 
 def require_shared_seeds(seeds: Seeds) -> Seeds:
     """Refuse seeds that are not the same for all samples."""
-    if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
+    if seeds.per_sample or seeds.awaits_outputs:
         raise BadValue(
             "targets: got targets of each sample (or TopK), expected None or the same outputs for all samples, as an "
             "int, a list or a tuple. Call gradkern.jacobian for targets of each sample."

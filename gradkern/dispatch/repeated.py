@@ -21,8 +21,9 @@ from ..util.memo import Memo, WeakMemo
 from ..util.options import Engine
 from . import guards
 from .first_use import clock
-from .request import Request, targets_key
+from .request import Request
 from .state import CacheEntry
+from .targets import targets_key
 from .watch import Watch
 from .ways import pinned_way
 
@@ -42,9 +43,9 @@ class EarlierCall:
     def again(self, fn: Callable[..., Any], x: Tensor) -> Tensor | None:
         """The Jacobian ``[N, *axes, *in]`` at ``x``; None if the call needs more than the kernel."""
         entry, whole = self.entry, self.whole
-        if entry.watch.seconds > entry.watch.due_after or self.graph not in entry.verdicts:
+        if entry.watch.seconds > entry.watch.due_after or self.graph not in entry.programs:
             return None
-        match = guards.matching(entry.capture, {"fn": fn, "given": {}, "inputs": self.stand_ins, "output": None})
+        match = guards.matching(entry.graphs, {"fn": fn, "given": {}, "inputs": self.stand_ins, "output": None})
         if match is None or match.graph is not self.graph:
             return None
         entry.misses = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,77 +20,80 @@ from ..frontend.capture import GraphCache, GuardedGraph
 from ..frontend.refusal import NoProgram
 from ..frontend.to_program import to_program
 from ..frontend.verify import verify
-from ..ir.program import Opaque, Program
+from ..ir.program import Opaque, Program, Step
 from ..runtime.parameters import bind
-from ..runtime.whole_chain import WholeChain
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of, modules_behind, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError, debugging
-from .eager import ModelProfile, check_runs
 from .first_use import AutogradWork, clock, note_capture
 from .guards import refusal_key, stand_ins
-from .targets import Seeds
+from .live_model import check_runs
+from .profile import ModelProfile
 from .watch import Watch
 
 SIGNATURES_PER_MODEL = 16
-CALLS_PER_PROGRAM = 32  # kinds of calls that are remembered
 REFUSALS = 16  # per model and signature
 MOST_MISSES = 8  # captures in a row that serve one call each, after which the model is left to autograd
 
 
-@dataclass(frozen=True, eq=False)
-class CallSetup:
-    """What the calls of a Program for the same seeds and inputs have in common.
+@dataclass(frozen=True)
+class Refusal:
+    """Why a model has no Program in its present state.
 
-    It does not depend on the values of tensors.  ``timing_key``: the key under which the fastest way of such calls is
-    remembered.  ``whole``: the chain that computes such calls, if the whole network is one.
+    ``couples_batch``: samples of one batch depend on each other.
     """
 
-    seeds: Seeds
-    timing_key: Hashable
-    whole: WholeChain | None
+    reason: str
+    couples_batch: bool = False
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The result of a capture: a Program, or the reason why there is none."""
+@dataclass(frozen=True, eq=False)
+class VerifiedProgram:
+    """The Program of a captured graph, which gave the same results as live autograd.
 
-    program: Program | None
-    reason: str = ""
-    couples_batch: bool = False  # samples of one batch depend on each other
-    unused: frozenset[int] = frozenset()  # the inputs that autograd does not reach from the output
-    calls: Memo[CallSetup] = field(default_factory=lambda: Memo(CALLS_PER_PROGRAM), compare=False)
+    ``unused``: the inputs that autograd does not reach from the output.
+    """
+
+    program: Program
+    graph: GuardedGraph
+    unused: frozenset[int]
 
     @cached_property
-    def opaque(self) -> bool:
-        """Whether torch differentiates some of the steps."""
-        return self.program is not None and any(isinstance(step.form, Opaque) for step in self.program.steps)
+    def opaque_steps(self) -> tuple[tuple[Step, Opaque], ...]:
+        """The steps that torch differentiates, with their forms."""
+        return tuple((step, step.form) for step in self.program.steps if isinstance(step.form, Opaque))
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class BoundProgram:
-    """A Program, the live tensors that it names in this call, and the graph that it was made from."""
+    """A verified Program, and the live tensors that it names in this call."""
 
-    verdict: Verdict
-    program: Program
+    verified: VerifiedProgram
     tensors: dict[str, Tensor]
-    graph: GuardedGraph
+
+    @property
+    def program(self) -> Program:
+        return self.verified.program
+
+    def params(self) -> dict[str, Tensor]:
+        """The parameters of the Program, as they are in this call."""
+        return bind(self.program, self.tensors)
 
 
 @dataclass(eq=False)
 class CacheEntry:
     """The state of one model for inputs of one signature."""
 
-    capture: GraphCache = field(default_factory=GraphCache)
-    verdicts: dict[GuardedGraph, Verdict] = field(default_factory=dict)
-    refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.refusal_key`
+    graphs: GraphCache = field(default_factory=GraphCache)
+    programs: dict[GuardedGraph, VerifiedProgram] = field(default_factory=dict)
+    refused: Memo[Refusal] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.refusal_key`
     profile: ModelProfile | None = None
     work: AutogradWork = field(default_factory=AutogradWork)  # work of autograd that a Program might have done
     watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
 
-    def refusal(self, fn: Any) -> Verdict | None:
+    def refusal(self, fn: Any) -> Refusal | None:
         """Why the model has no Program in its present state, if that is known."""
         return self.refused.get(refusal_key(fn)) if len(self.refused) else None
 
@@ -102,25 +105,20 @@ class ModelState:
         self.lock = threading.RLock()
         self.forward_lock = threading.RLock()  # held while a forward changes the model's buffers
         self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by path to the callable, and `guards.signature`
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     def capture(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
-    ) -> BoundProgram | Verdict:
+    ) -> BoundProgram | Refusal:
         """Capture, lower and verify now, unless that has been done; warns once if autograd takes over."""
         with self.lock:
             refusal = entry.refusal(fn)
             if refusal is not None:
                 return refusal
             result = self._capture_and_verify(entry, fn, inputs, samples())
-            verdict = result if isinstance(result, Verdict) else result.verdict
-            if verdict.program is None:
-                entry.refused.put(refusal_key(fn), verdict)
-        name = name_of(fn)
-        if verdict.program is None:
-            warn(fn, f"{name} runs on autograd as a whole: {verdict.reason}.")
-            return result
-        opaque = [(s, s.form) for s in verdict.program.steps if isinstance(s.form, Opaque)]
+            if isinstance(result, Refusal):
+                return self._remember(result, entry, fn)
+        name, opaque = name_of(fn), result.verified.opaque_steps
         if opaque:
             listed = "; ".join(dict.fromkeys(f"{s.op or form.call.op} in {s.module or name}" for s, form in opaque))
             warn(
@@ -129,58 +127,59 @@ class ModelState:
             )
         return result
 
-    def refuse(self, entry: CacheEntry, fn: Any, reason: str) -> Verdict:
+    def refuse(self, entry: CacheEntry, fn: Any, reason: str) -> Refusal:
         """Leave the model in its present state to autograd; warns once."""
-        verdict = Verdict(None, reason)
-        entry.verdicts.clear()
-        entry.refused.put(refusal_key(fn), verdict)
-        warn(fn, f"{name_of(fn)} runs on autograd as a whole: {reason}.")
-        return verdict
+        entry.programs.clear()
+        return self._remember(Refusal(reason), entry, fn)
+
+    def _remember(self, refusal: Refusal, entry: CacheEntry, fn: Any) -> Refusal:
+        entry.refused.put(refusal_key(fn), refusal)
+        warn(fn, f"{name_of(fn)} runs on autograd as a whole: {refusal.reason}.")
+        return refusal
 
     def _capture_and_verify(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
-    ) -> BoundProgram | Verdict:
+    ) -> BoundProgram | Refusal:
         entry.misses += 1
         if entry.misses > MOST_MISSES:
-            return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
+            return Refusal("what its forward reads changes from call to call: it would be captured each time")
         begin = clock()
         try:
             with buffers_kept(nn.ModuleList(modules_behind(fn))):
                 check_runs(fn, samples)
-                captured = entry.capture.capture(fn, stand_ins(inputs))
-                verdict = entry.verdicts.get(captured.graph)
-                program = to_program(captured, inputs, name_of(fn)) if verdict is None else verdict.program
-                assert program is not None
-                if verdict is None:
-                    unused = verify(program, fn, bind(program, captured.tensors), samples)
-                    captured.graph.module = None
-                    verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
-                    for given_up in entry.verdicts.keys() - set(entry.capture.graphs):
-                        del entry.verdicts[given_up]
-            return BoundProgram(verdict, program, captured.tensors, captured.graph)
+                match = entry.graphs.capture(fn, stand_ins(inputs))
+                verified = entry.programs.get(match.graph)
+                if verified is None:
+                    program = to_program(match, inputs, name_of(fn))
+                    unused = verify(program, fn, bind(program, match.tensors), samples)
+                    match.graph.module = None
+                    verified = entry.programs[match.graph] = VerifiedProgram(program, match.graph, unused)
+                    for given_up in entry.programs.keys() - set(entry.graphs.graphs):
+                        del entry.programs[given_up]
+            return BoundProgram(verified, match.tensors)
         except NoProgram as error:
             if debugging():
                 raise
-            return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
+            return Refusal(_one_line(error.reason), couples_batch=error.mixes)
         except InputError:
             raise
         except Exception as error:  # whatever a capture may raise, autograd still gives the right result
             if debugging():
                 raise
-            return Verdict(None, f"capturing failed with {type(error).__name__}: {_one_line(str(error))}")
+            return Refusal(f"capturing failed with {type(error).__name__}: {_one_line(str(error))}")
         finally:
             note_capture(clock() - begin)
 
-    def first(self, message: str) -> bool:
-        """Whether this is asked for the first time."""
+    def is_new(self, message: str) -> bool:
+        """Whether this is asked for the first time; it is not from now on."""
         with self.lock:
-            known = message in self._warned
-            self._warned.add(message)
+            known = message in self._said
+            self._said.add(message)
         return not known
 
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
-        if self.first(message):
+        if self.is_new(message):
             warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
 
 
@@ -193,9 +192,9 @@ def warn(fn: Any, message: str) -> None:
     _of(fn).warn(message)
 
 
-def first(fn: Any, what: str) -> bool:
-    """Whether this is asked for the first time about a model, or about any function."""
-    return _of(fn).first(what)
+def is_new(fn: Any, what: str) -> bool:
+    """Whether this is asked for the first time about a model, or about any function; it is not from now on."""
+    return _of(fn).is_new(what)
 
 
 def _of(fn: Any) -> ModelState:
@@ -203,7 +202,7 @@ def _of(fn: Any) -> ModelState:
     return _callables if module is None else models.of(module)
 
 
-on_reset(_callables._warned.clear)
+on_reset(_callables._said.clear)
 
 
 def _one_line(text: str) -> str:

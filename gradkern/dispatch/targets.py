@@ -6,7 +6,7 @@ An output of shape ``[N, *out]`` is seen as ``C = prod(out)`` numbers per sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,6 +22,7 @@ from ..util.options import BadType, BadValue
 Targets = int | Sequence[Any] | Tensor | np.ndarray | None
 ACCEPTED = "None, an int, a list of ints, a tensor [N, S], a tuple of ints, or TopK(k)"
 FAR = 2**62  # larger than any output's index; stands for integers that do not fit in 64 bits
+MOST_IN_KEY = 64  # the most targets of a list that becomes a key, which takes about 0.1 µs per target at every call
 PER_SAMPLE = "For one output per sample pass a tensor [N, 1]: torch.as_tensor(targets)[:, None]."
 
 
@@ -54,15 +55,42 @@ class Seeds:
     axes: Shape
     indices: Tensor | None
 
-    def rows(self, start: int, stop: int) -> Tensor | None:
-        """Indices for the samples ``start:stop``: None (all C), ``[S]`` or ``[stop - start, S]``."""
-        if self.indices is None or self.indices.dim() == 1:
-            return self.indices
-        return self.indices[start:stop]
+    @classmethod
+    def of(cls, indices: Tensor) -> Seeds:
+        """Seeds at flat ``indices``, ``[S]`` or ``[N, S]``."""
+        return cls(indices.shape[-1], (indices.shape[-1],), indices)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether samples differ in their seeds."""
+        return self.indices is not None and self.indices.dim() == 2
+
+    @property
+    def awaits_outputs(self) -> bool:
+        """Whether the model's outputs still have to choose the seeds."""
+        return False
 
     def part(self, start: int, stop: int) -> Seeds:
         """These seeds for the samples ``start:stop`` alone."""
-        return replace(self, indices=self.rows(start, stop))
+        if not self.per_sample or (start == 0 and self.indices is not None and stop >= len(self.indices)):
+            return self
+        return self._each(lambda indices: indices[start:stop])
+
+    def repeat(self, times: int) -> Seeds:
+        """These seeds for ``times`` copies of the batch, one batch after the other."""
+        return self._each(lambda indices: indices.repeat(times, 1))
+
+    def repeat_interleave(self, times: int) -> Seeds:
+        """These seeds for ``times`` copies of every sample, one sample after the other."""
+        return self._each(lambda indices: indices.repeat_interleave(times, 0))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Seeds:
+        """These seeds with indices ``[N, S]`` changed; those that all samples share stay as they are."""
+        return replace(self, indices=change(self.indices)) if self.per_sample and self.indices is not None else self
+
+    def targets(self, outputs: int, device: torch.device) -> Tensor:
+        """Flat indices of the outputs on ``device``, ``[S]`` or ``[N, S]``, out of ``outputs`` per sample."""
+        return torch.arange(outputs, device=device) if self.indices is None else self.indices.to(device)
 
     def chosen_by(self, outputs: Tensor) -> Seeds:
         """These seeds once the model's ``outputs [N, *out]`` are known."""
@@ -74,6 +102,10 @@ class TopSeeds(Seeds):
     """The k highest outputs of each sample: ``indices`` is None until the outputs are known, then ``[N, k]``."""
 
     out: Shape
+
+    @property
+    def awaits_outputs(self) -> bool:
+        return self.indices is None
 
     def highest(self, outputs: Tensor) -> Tensor:
         """Flat indices ``[n, k]`` of the highest of each sample's ``outputs [n, *out]``."""
@@ -93,6 +125,39 @@ class TopSeeds(Seeds):
 
 SeedChoice = Callable[[int, Shape], Seeds]
 """From the number of samples and the output's shape per sample to the seeds."""
+
+
+class TargetChoice:
+    """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known.
+
+    ``key`` is equal for choices that give the same seeds whatever the samples are; it is None if the seeds depend on
+    the samples, or if that is not known.
+    """
+
+    def __init__(self, targets: Any) -> None:
+        self.targets, self.key = targets, targets_key(targets)
+
+    def __call__(self, samples: int, output_shape: Shape) -> Seeds:
+        if self.targets is None:
+            return Seeds(math.prod(output_shape), output_shape, None)
+        return resolve(self.targets, samples, output_shape)
+
+
+def targets_key(targets: Any) -> Hashable:
+    """The ``key`` of a `TargetChoice`."""
+    if targets is None or type(targets) is int:
+        return ("all" if targets is None else targets,)
+    if isinstance(targets, list) and len(targets) <= MOST_IN_KEY and all(type(t) is int for t in targets):
+        return ("list", *targets)
+    return None
+
+
+def jacobian_choice(targets: Any) -> SeedChoice:
+    """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known."""
+    return _ALL if targets is None else TargetChoice(targets)
+
+
+_ALL = TargetChoice(None)
 
 
 def resolve(targets: Any, samples: int, out: Shape) -> Seeds:

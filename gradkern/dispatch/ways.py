@@ -8,19 +8,20 @@ milliseconds if the network is small.  The result is remembered with the Program
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..planner.timing import Timing, Way
+from ..runtime.whole_chain import WholeChain
 from ..util.memo import Memo
 from . import batching, eager
-from .eager import ModelProfile
+from .profile import ModelProfile
 from .request import Request
-from .state import BoundProgram, CallSetup
+from .state import BoundProgram
 from .targets import Seeds
 
 #: Calls of 1, 2–7, 8–31, and 32 or more samples are measured apart: in small ones the cost per call weighs more.
@@ -36,7 +37,7 @@ ROUNDS = 7  # the most rounds
 PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, or a later round is the last
 HOPELESS = 2.0  # a way that takes this many times as long as the fastest is not measured again
 
-#: Measurements by everything that they depend on (`state.CallSetup.timing_key`).
+#: Measurements by everything that they depend on (`CallSetup.timing_key`).
 timings: Memo[Timing] = Memo(256)
 
 #: The way of all calls in this context, which a data set's store has recorded.
@@ -53,21 +54,34 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measure(request: Request, captured: BoundProgram, setup: CallSetup, profile: ModelProfile) -> Timing:
+@dataclass(frozen=True, eq=False)
+class CallSetup:
+    """What the calls of a Program for the same seeds and inputs have in common.
+
+    It does not depend on the values of tensors.  ``timing_key``: the key under which the fastest way of such calls is
+    remembered.  ``whole``: the chain that computes such calls, if the whole network is one.
+    """
+
+    seeds: Seeds
+    timing_key: Hashable
+    whole: WholeChain | None
+
+
+def measure(request: Request, bound: BoundProgram, setup: CallSetup, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     seeds, whole = setup.seeds, setup.whole
     few = _fewer(seeds)
-    saved = profile.per_sample if captured.verdict.opaque else 0
+    torch_bytes = profile.per_sample if bound.verified.opaque_steps else 0
 
     def run(way: Way, samples: int) -> float:
         part = request.part(0, samples, seeds if way == "kernels" else few)
 
         def work() -> None:
-            packed = whole.packed(captured.tensors) if whole is not None and way == "kernels" else None
+            packed = whole.packed(bound.tensors) if whole is not None and way == "kernels" else None
             if whole is not None and packed is not None:
                 whole(packed, whole.rows(packed), [x.detach() for x in part.inputs])
             elif way == "kernels":
-                batching.run(part, captured.program, captured.tensors, "auto", saved=saved)
+                batching.run(part, bound.program, bound.tensors, "auto", torch_bytes=torch_bytes)
             else:
                 eager.run_as_measured(part, profile, 0, None, few.count, batched=way == "batched")
 

@@ -66,6 +66,7 @@ _INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
 _SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")
 _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
 _BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a partial's module is the model
+_NO_HOOKS = "EMPTY_NN_MODULE_HOOKS_DICT"  # the type of a guard
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
 Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has or inherits it, its name, its code
@@ -244,8 +245,17 @@ class _Backend:
             values = [guard.value for guard in guards if guard.has_value]
             owners = {value if isinstance(value, type) else type(value) for value in values}
             graph.methods = tuple(m for owner in owners for m in _methods(owner, read))
-        # A graph does not depend on hooks for the tensors that autograd saves, and checking them takes Python code.
-        return [guard.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS" for guard in guards]
+        empty = {guard.name for guard in guards if guard.guard_type == _NO_HOOKS}
+        return [_counts(guard, empty) for guard in guards]
+
+
+def _counts(guard: Any, empty: set[str]) -> bool:
+    """Whether a guard can fail while all others hold.  ``empty``: the tables that are guarded to have no hooks."""
+    if guard.guard_type == _NO_HOOKS:  # the hooks that take keyword arguments are among all hooks
+        table = guard.name.removesuffix("_with_kwargs")
+        return table == guard.name or table not in empty
+    # A graph does not depend on hooks for the tensors that autograd saves, and checking them takes Python code.
+    return guard.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS"
 
 
 def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:

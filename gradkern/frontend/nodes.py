@@ -1,4 +1,4 @@
-"""What is asked of the nodes of a captured graph."""
+"""Queries on the nodes of a captured graph."""
 
 from __future__ import annotations
 

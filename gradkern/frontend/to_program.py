@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ir.calls import bind_arguments, calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
-from ..ir.recurrent import GATES, batch_first, net_within, recognize
+from ..ir.recurrent import GATES, batch_first, layer_within, recognize
 from .batch_axis import BatchAxis, NonLeadingBatch, inner_extent, make_per_sample
 from .capture import GraphMatch, plain_name
 from .export import Exported, export
@@ -160,7 +160,7 @@ class _GraphLowering:
                 # torch's float32 kernels do not check its size, and would write out of bounds.
                 raise self._refusal(node, "starts from a state for a fixed number of samples")
             if not call.args[-1]:
-                call = self._batch_first_net(call, node)
+                call = self._batch_first_layer(call, node)
         self._refuse_random(node)
         if is_fill(call):
             sizes = tuple(self._size(d) if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
@@ -206,9 +206,9 @@ class _GraphLowering:
         exact = bool(size.node.expr == self.symbol.node.expr)
         return reads and exact and symbolic[0] == 0
 
-    def _batch_first_net(self, call: Call, net: torch.fx.Node) -> Call:
-        """A recurrent net over ``[T, N, I]`` as one over ``[N, T, I]``, if its input is known per sample."""
-        source = net.args[0]
+    def _batch_first_layer(self, call: Call, layer: torch.fx.Node) -> Call:
+        """A recurrent layer over ``[T, N, I]`` as one over ``[N, T, I]``, if its input is known per sample."""
+        source = layer.args[0]
         assert isinstance(source, torch.fx.Node)
         x, shape = self.known[source], source.meta["val"].shape
         time_first = isinstance(x, NonLeadingBatch) and len(shape) == 3 and _batch_axis(shape) == 1
@@ -218,10 +218,10 @@ class _GraphLowering:
 
     def _lower_per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
         """A tensor whose batch is not axis 0, per sample; raises `NoForm` if its op has no form that way."""
-        b, net = self.builder, net_within(call)
-        if recognize(net) is not None:
+        b, layer = self.builder, layer_within(call)
+        if recognize(layer) is not None:
             steps, width = int(meta.shape[0]), int(meta.shape[2])
-            y = b.emit(Opaque(net, "a recurrent net goes step by step"), values_in(net), (steps, width))
+            y = b.emit(Opaque(layer, "a recurrent layer goes step by step"), values_in(layer), (steps, width))
             return NonLeadingBatch(as_shape(b, y, (steps, 1, width)), call)
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         if not tensors or not values_in(call):
@@ -329,7 +329,7 @@ class _GraphLowering:
         if state is not None:
             return state
         if recognize(call) is not None:
-            raise NoForm("a recurrent net goes step by step")
+            raise NoForm("a recurrent layer goes step by step")
         if len(calls_in(call)) > 1:
             if any(isinstance(self.known[n], NonLeadingBatch) for n in node.all_input_nodes):
                 return number_as_shape(self.builder, self._lower_per_sample(node, meta, call).value, shape)

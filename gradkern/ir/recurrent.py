@@ -51,11 +51,11 @@ def recognize(call: Call) -> Recurrent | None:
 
 def batch_first(call: Call, x: Value) -> Call:
     """A sequence-first call as a call that reads ``x [N, T, I]`` and transposes its output ``[N, T, H]`` back."""
-    net = replace(call, args=(x, *call.args[1:8], True))
-    return Call("aten.transpose.int", (net, 0, 1)) if call.index == 0 else net
+    layer = replace(call, args=(x, *call.args[1:8], True))
+    return Call("aten.transpose.int", (layer, 0, 1)) if call.index == 0 else layer
 
 
-def net_within(call: Call) -> Call:
-    """The net inside a call of `batch_first`."""
+def layer_within(call: Call) -> Call:
+    """The layer inside a call of `batch_first`."""
     transposed = call.op == "aten.transpose.int" and call.args[1:] == (0, 1) and isinstance(call.args[0], Call)
     return call.args[0] if transposed else call

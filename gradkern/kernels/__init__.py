@@ -23,7 +23,7 @@ from ..ir.calls import operator_of
 from ..ir.macs import forward_macs
 from ..ir.program import Call, Contract, Param, Positions, Program, Shape, Value
 from ..runtime import ops
-from ..runtime.call_plan import call_plan_for
+from ..runtime.call_plan import grouped_call_plan
 from ..runtime.execution import run_chain
 from ..runtime.parameters import KernelsUnavailable, Packed, PlanWeights, all_output_indices
 from ..util.options import BadType, BadValue
@@ -237,7 +237,7 @@ class Chain:
         return ready
 
     def _prepare(self, onehot: bool, seeds: int, like: Tensor) -> _Prepared:
-        call_plan = call_plan_for(self.program, seeds, like, (0,), reverse=True)
+        call_plan = grouped_call_plan(self.program, seeds, like, (0,))
         if not call_plan.plan.single_chain:
             raise RuntimeError(f"gradkern has no kernels for these layers:\n{ops.machine()}\n{call_plan.plan}")
         try:

@@ -43,7 +43,7 @@ from ..ir.program import (
 )
 from .prune_positions import prune
 
-MOST_TAPS = 16  # places of a pool's overlapping windows, each of which is a separate step
+MOST_TAPS = 16  # places of a pool's window that become a step each
 
 #: The content of a slope: the derivative of a `Scale`; 1 where a pool's window chose a place, for each window or for
 #: each position of its input; the share of a maximum in each position; the output of a step, its negative, its negative

@@ -6,8 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import lower_for
+from ..codegen.cuda.lowering import backend_for
+from ..codegen.lowering import lower_units
 from ..codegen.machine import Device, Machine, NoKernels, TooLarge
+from ..codegen.unit_graph import GraphBuilder
+from ..codegen.units import UnitGraph
 from ..ir.program import Program, View
 
 
@@ -27,6 +30,7 @@ class Chains:
     def __init__(self, program: Program, machine: Machine | NoKernels, itemsize: int) -> None:
         self.program, self.machine, self.itemsize = program, machine, itemsize
         self.chains: dict[tuple[object, ...], Chain | TooLarge] = {}
+        self.graphs: dict[tuple[object, ...], UnitGraph] = {}
 
     def get(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The group's chain for ``seeds`` seeds, which computes the cotangents of the values ``wrt``.
@@ -44,17 +48,31 @@ class Chains:
 
     def _lower(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
         assert self.machine
-        lower, linear = lower_for(self.machine), bool(self.program.slopes)
-        args = (self.program, list(group.steps), list(group.live_out), self.machine, self.itemsize, seeds, wrt)
+        backend, linear = backend_for(self.machine), bool(self.program.slopes)
+        args = (self.program, self._graph(group), self.machine, self.itemsize, seeds, wrt)
         try:
-            return lower(*args, onehot=onehot, linear=linear)
+            return lower_units(*args, onehot=onehot, linear=linear, backend=backend)
         except TooLarge as error:
             return error
+
+    def _graph(self, group: Group) -> UnitGraph:
+        """The units of a native group."""
+        key = (group.steps, group.live_out)
+        graph = self.graphs.get(key)
+        if graph is None:
+            built = GraphBuilder(self.program, list(group.steps), list(group.live_out)).build()
+            graph = self.graphs.setdefault(key, built)
+        return graph
+
+    def folded_steps(self, group: Group) -> set[int]:
+        """The steps of a native group that a neighbour's kernel does."""
+        return {i for unit in self._graph(group).units for i in unit.steps[1:]}
 
     def retain(self, groups: Sequence[Group]) -> None:
         """Forget the chains of all groups except these."""
         kept = {(g.steps, g.live_out) for g in groups}
         self.chains = {key: chain for key, chain in self.chains.items() if key[:2] in kept}
+        self.graphs = {key: graph for key, graph in self.graphs.items() if key in kept}
 
 
 class Partition:

@@ -1,29 +1,26 @@
 """Plan: how each step of a Program runs, as a pure function of the program, the machine and the seeds.
 
-A plan prunes the program, chooses the direction of differentiation, and cuts the DAG into groups.  A native group is
-one chain: forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run
-through the plain reference, the seeds folded into the batch, or are differentiated by torch.  A plan owns the chains
-that are lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
+`plan` prunes the program, chooses the direction of differentiation, and cuts the DAG into groups.  Plans are of three
+kinds: groups that run one after another (`GroupedPlan`), a product of two Jacobians (`ProductPlan`), and the forward
+mode of a network (`ForwardPlan`).  A plan owns the chains that are lowered for it.  ``str(plan)`` is the table that
+``gradkern.explain`` prints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from ..codegen.chain import Chain
-from ..codegen.grouping import GraphBuilder
 from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import CAST_DTYPES
 from ..ir import graph
 from ..ir.calls import form_params, params_in
-from ..ir.macs import total_macs
-from ..ir.program import Contract, Opaque, Program, describe
-from ..ir.recurrent import recognize
+from ..ir.program import Contract, Opaque, Program
 from ..passes import direction
 from ..passes.direction import Cut, Direction
 from ..passes.exchange_axes import exchange_axes
@@ -33,53 +30,14 @@ from ..passes.prune_positions import prune
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .heavy import heavy_layers
-from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choose_implementation
-from .table import summary, table
+from .implementations import Choice, choose_implementation
+from .table import NO_FACTS, Facts, LocalSeeds, PlanStep, Table, rows_of_group
 from .timing import Timing
 
 
-@dataclass(frozen=True)
-class PlanStep:
-    """One row of the table."""
-
-    value: int
-    form: str
-    shape: tuple[int, ...]
-    implementation: Implementation
-    path: str  # the implementation's name, with the instruction set of a kernel
-    refusals: tuple[str, ...]  # why those that come before it in the list do not take the step
-    op: str
-    module: str
-    macs: int  # dense multiply-adds per sample, forward and all seeds
-    native_macs: int  # those of them on gradkern's own kernels
-    group: int
-
-    @property
-    def why(self) -> str:
-        """Why no faster implementation runs the step; empty if there is none."""
-        return self.refusals[0] if self.refusals else ""
-
-
-@dataclass(frozen=True)
-class ForwardMode:
-    """The Program whose reverse mode is the forward mode of a network, and the plan of it for all tangents as seeds."""
-
-    transposed: Transposed
-    plan: Plan
-    values: Program  # the network as its forward pass runs
-    read: tuple[int, ...]  # the needed ones of its values, by their numbers in the network
-
-
-class Parts(NamedTuple):
-    """The plans of a network up to its bottleneck and from there on; the Jacobian is the product of theirs."""
-
-    before: Plan
-    after: Plan
-
-
-@dataclass(frozen=True, repr=False)
-class Plan:
-    """How a Program runs for a number of seeds on a machine: groups in execution order, and a table row per step.
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Plan(Table):
+    """How a Program runs for a number of seeds on a machine.
 
     ``str()`` is a table.  It shows the implementation of each step and why there is no faster one, where seeds start,
     and the shares of the operations that are fused (all seeds at once) and that run on gradkern's own kernels.
@@ -91,17 +49,9 @@ class Plan:
     dtype: torch.dtype  # of the computation
     seeds: int
     wanted: tuple[int, ...]  # the values to compute: the program's output, or those that a forward pass is asked for
-    groups: tuple[Group, ...]
-    choices: tuple[Choice, ...]  # per step: the implementation that runs it
-    chains: Chains = field(compare=False)
     direction: Direction | None = None  # None for a forward pass
-    #: What runs in place of the groups, if anything does.  Beside `Parts` the groups only serve the table, which shows
-    #: the steps of the whole network with their own numbers and modules; beside `ForwardMode` there are none.
-    instead: Parts | ForwardMode | None = None
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
-    measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
-    fallback: str | None = None  # why plain torch runs every step with the present tensors
-    timing: Timing | None = None  # of the plan and of autograd, if they were compared
+    facts: Facts = NO_FACTS
 
     @property
     def bottleneck(self) -> Cut | None:
@@ -109,144 +59,209 @@ class Plan:
         return None if self.direction is None else self.direction.cut
 
     @property
-    def parts(self) -> Parts | None:
-        return self.instead if isinstance(self.instead, Parts) else None
-
-    @property
-    def forward_mode(self) -> ForwardMode | None:
-        return self.instead if isinstance(self.instead, ForwardMode) else None
-
-    @cached_property
     def native(self) -> bool:
         """Whether any kernel runs."""
-        return any(g.native for g in self.groups) if self.forward_mode is None else self.forward_mode.plan.native
+        raise NotImplementedError
 
-    @cached_property
+    @property
     def single_chain(self) -> bool:
         """Whether one native group runs everything, so that nothing in between is written to memory."""
-        return len(self.groups) == 1 and self.groups[0].native and self.groups[0].live_out == self.wanted
+        return False
 
-    @cached_property
+    @property
     def packed_names(self) -> tuple[str, ...]:
         """The tensors of the Program that are packed for kernels, or from which a Program made from it derives such."""
-        if self.parts is not None:
-            return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
-        if self.forward_mode is not None:
-            values = self.forward_mode.values
-            of_values = underived(values, contraction_params(values, range(len(values.steps))))
-            return tuple(dict.fromkeys((*self.forward_mode.plan.live_names, *of_values)))
-        native = {i for g in self.groups if g.native for i in g.steps}
-        return contraction_params(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
+        raise NotImplementedError
 
-    @cached_property
+    @property
     def bytes_per_sample(self) -> int:
-        """The bytes that a call allocates for a sample in addition to the result, if it is not a single chain."""
-        size, outputs = self.dtype.itemsize, self.program.outputs
-
-        def inside(plan: Plan) -> int:
-            return size * plan.program.outputs if plan.single_chain else plan.bytes_per_sample
-
-        if self.forward_mode is not None:
-            inner = self.forward_mode.plan.program  # its inputs are the slopes; the result is also stored transposed
-            numbers = sum(element_counts(shapes)[0] for shapes in (self.program.shapes, inner.inputs))
-            return size * (numbers + 2 * inner.outputs * outputs) + inside(self.forward_mode.plan)
-        if self.parts is not None and self.bottleneck is not None:
-            features = element_counts(self.program.inputs)[0]
-            factors = self.bottleneck.width * (features + self.seeds) + self.seeds * features
-            return size * factors + max(map(inside, self.parts))
-        base = len(self.program.inputs)
-        stored = [v for g in self.groups for v in (g.live_out if g.native else (base + i for i in g.steps))]
-        return stepwise_bytes([*self.program.inputs, *map(self.program.shape, stored)], self.seeds, size)
+        """The bytes that a call allocates for a sample in addition to the result."""
+        raise NotImplementedError
 
     @cached_property
     def live_names(self) -> tuple[str, ...]:
         """The live tensors of the network, as it was given, that are packed or that packed ones are derived from."""
         return underived(self.original, self.packed_names)
 
-    def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
-        """The chain of a native group, lowered once; see `Chains.get`."""
-        return self.chains.get(self.groups[group], seeds, wrt, onehot)
-
-    @cached_property
-    def local_seeds(self) -> Chain | None:
-        """The chain in which seeds (in forward mode: tangents) start, if they are local; else None."""
-        run = self if self.forward_mode is None else self.forward_mode.plan
-        last = run.groups[-1] if run.groups else None
-        if self.parts is not None or not run.seeds or last is None or not last.native:
-            return None
-        if last.live_out != (run.program.output,) or isinstance(self.machine, Device):
-            return None
-        inputs = [v for v in range(len(run.program.inputs)) if v not in run.program.slopes]
-        passed = graph.descendants(run.program, inputs if self.forward_mode is None else [0])
-        chain = run.chain(len(run.groups) - 1, run.seeds, tuple(v for v in last.live_in if v in passed), True)
-        return chain if chain.local_share < 1 else None
-
     def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
         """The plan with facts that only live tensors tell.
 
         ``measured_macs``: multiply-adds of opaque steps, by step of ``program``; ``fallback``: why no kernel can run.
         """
-        return replace(self, measured_macs=dict(measured_macs), fallback=fallback)
+        return replace(self, facts=replace(self.facts, measured_macs=dict(measured_macs), fallback=fallback))
 
     def timed(self, timing: Timing | None) -> Plan:
         """The plan with the measured time of a call, which says that autograd runs instead if that was faster."""
-        return replace(self, timing=timing)
+        return replace(self, facts=replace(self.facts, timing=timing))
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class GroupedPlan(Plan):
+    """Groups in execution order, and the implementation of each step."""
+
+    groups: tuple[Group, ...]
+    choices: tuple[Choice, ...]  # per step
+    chains: Chains = field(compare=False)
+
+    @cached_property
+    def native(self) -> bool:
+        return any(g.native for g in self.groups)
+
+    @cached_property
+    def single_chain(self) -> bool:
+        return len(self.groups) == 1 and self.groups[0].native and self.groups[0].live_out == self.wanted
+
+    @cached_property
+    def packed_names(self) -> tuple[str, ...]:
+        native = {i for g in self.groups if g.native for i in g.steps}
+        return contraction_params(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
+
+    @cached_property
+    def bytes_per_sample(self) -> int:
+        if self.single_chain:
+            return self.dtype.itemsize * self.program.outputs
+        base = len(self.program.inputs)
+        stored = [v for g in self.groups for v in (g.live_out if g.native else (base + i for i in g.steps))]
+        shapes = [*self.program.inputs, *map(self.program.shape, stored)]
+        return stepwise_bytes(shapes, self.seeds, self.dtype.itemsize)
+
+    def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
+        """The chain of a native group, lowered once; see `Chains.get`."""
+        return self.chains.get(self.groups[group], seeds, wrt, onehot)
 
     # ---- the table
 
+    @property
+    def group_count(self) -> int:
+        return len(self.groups)
+
     @cached_property
     def steps(self) -> tuple[PlanStep, ...]:
-        """The rows in the order of ``program.steps``, or of the Programs that run if part of it is in forward mode."""
-        running: Sequence[Plan] = [self.forward_mode.plan] if self.forward_mode is not None else []
-        if self.parts is not None and any(part.instead for part in self.parts):
-            running = self.parts
-        if running:
-            return tuple(row for plan in running for row in replace(plan, fallback=self.fallback).steps)
-        program, base = self.program, len(self.program.inputs)
-        builders = (GraphBuilder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
-        folded = {i for builder in builders for unit in builder.build().units for i in unit.steps[1:]}
-        before = graph.ancestors(program, [self.bottleneck.value]) if self.bottleneck else set()
-        rows = []
-        for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
-            step = program.steps[i]
-            implementation, refusals = self.choices[i].implementation, self.choices[i].refusals
-            if i in folded:
-                implementation = FOLDED
-            if self.fallback is not None and implementation in (KERNEL, FOLDED):
-                implementation, refusals = ATEN, (self.fallback, *refusals)
-            seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
-            macs = total_macs(program, i, seeds, self.measured_macs.get(i))
-            own = macs
-            recurrent = recognize(step.form.call) if isinstance(step.form, Opaque) else None
-            if recurrent is not None:
-                length, inputs = program.shape(step.inputs[0])
-                values, own = recurrent.macs(length, inputs, step.shape[-1], seeds)
-                macs = values + own
-            form, path, own = describe(step.form), implementation.path(self.machine), own * implementation.native
-            rows.append(
-                PlanStep(base + i, form, step.shape, implementation, path, refusals, step.op, step.module, macs, own, k)
-            )
-        return tuple(rows)
+        return self.rows(None)
+
+    def rows(self, cut: Cut | None) -> tuple[PlanStep, ...]:
+        """The rows in the order of ``program.steps``.  ``cut``: where seeds start, if not at the outputs."""
+        seeds = [self.seeds] * len(self.program.steps)
+        if cut is not None:
+            before = graph.ancestors(self.program, [cut.value])
+            base = len(self.program.inputs)
+            seeds = [cut.width if base + i in before else self.seeds for i in range(len(seeds))]
+        folded = {i for g in self.groups if g.native for i in self.chains.folded_steps(g)}
+        rows: list[PlanStep] = []
+        for number, group in enumerate(self.groups):
+            rows += rows_of_group(self, number, group.steps, self.choices, folded, seeds)
+        return tuple(sorted(rows, key=lambda row: row.value))
 
     @cached_property
-    def fused_share(self) -> float:
-        """Share of the dense multiply-adds on kernels or on ATen calls with all seeds folded into the batch."""
-        return self._share(sum(s.macs for s in self.steps if s.implementation.fused))
+    def local_seeds(self) -> tuple[LocalSeeds, ...]:
+        last = self.groups[-1] if self.groups else None
+        if not self.seeds or last is None or not last.native or isinstance(self.machine, Device):
+            return ()
+        if last.live_out != (self.program.output,):
+            return ()
+        inputs = [v for v in range(len(self.program.inputs)) if v not in self.program.slopes]
+        passed = graph.descendants(self.program, inputs)
+        chain = self.chain(len(self.groups) - 1, self.seeds, tuple(v for v in last.live_in if v in passed), True)
+        return (LocalSeeds(chain.local_share, chain.seed_tile),) if chain.local_share < 1 else ()
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class ProductPlan(Plan):
+    """The plans of a network up to its bottleneck and from there on; the Jacobian is the product of theirs.
+
+    ``whole``: groups of the whole network, of which only the table is shown, with its own numbers and modules.
+    """
+
+    before: Plan
+    after: Plan
+    whole: GroupedPlan
+
+    @property
+    def parts(self) -> tuple[Plan, Plan]:
+        return self.before, self.after
+
+    @property
+    def native(self) -> bool:
+        return any(part.native for part in self.parts)
 
     @cached_property
-    def native_share(self) -> float:
-        """Share of the dense multiply-adds on gradkern's own kernels."""
-        return self._share(sum(s.native_macs for s in self.steps))
+    def packed_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
 
-    def _share(self, counted: int) -> float:
-        total = sum(s.macs for s in self.steps)
-        return counted / total if total else 1.0
+    @cached_property
+    def bytes_per_sample(self) -> int:
+        assert self.bottleneck is not None
+        features = element_counts(self.program.inputs)[0]
+        factors = self.bottleneck.width * (features + self.seeds) + self.seeds * features
+        return self.dtype.itemsize * factors + max(part.bytes_per_sample for part in self.parts)
 
-    def __repr__(self) -> str:
-        return f"<Plan: {summary(self)}>"
+    # ---- the table
 
-    def __str__(self) -> str:
-        return table(self)
+    @property
+    def group_count(self) -> int:
+        return len(self.whole.groups)
+
+    @cached_property
+    def steps(self) -> tuple[PlanStep, ...]:
+        if all(isinstance(part, GroupedPlan) for part in self.parts):
+            return replace(self.whole, facts=self.facts).rows(self.bottleneck)
+        facts = Facts(fallback=self.facts.fallback)
+        return tuple(row for part in self.parts for row in replace(part, facts=facts).steps)
+
+    def direction_lines(self) -> Iterator[str]:
+        yield str(self.direction)
+        for where, part in zip(("up to", "from"), self.parts, strict=True):
+            if not isinstance(part, GroupedPlan):
+                yield f"  {where} there: {part.direction}"
+
+    @cached_property
+    def local_seeds(self) -> tuple[LocalSeeds, ...]:
+        parts = zip(("up to", "from"), self.parts, strict=True)
+        return tuple(replace(local, where=f"  {where} there: ") for where, part in parts for local in part.local_seeds)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class ForwardPlan(Plan):
+    """Forward mode: the plan of the Program whose reverse mode it is, for all tangents as seeds."""
+
+    transposed: Transposed
+    inner: GroupedPlan
+    values: Program  # the network as its forward pass runs
+    read: tuple[int, ...]  # the needed ones of its values, by their numbers in the network
+
+    @property
+    def native(self) -> bool:
+        return self.inner.native
+
+    @cached_property
+    def packed_names(self) -> tuple[str, ...]:
+        of_values = underived(self.values, contraction_params(self.values, range(len(self.values.steps))))
+        return tuple(dict.fromkeys((*self.inner.live_names, *of_values)))
+
+    @cached_property
+    def bytes_per_sample(self) -> int:
+        inner = self.inner.program  # its inputs are the slopes; the result is also stored transposed
+        numbers = sum(element_counts(shapes)[0] for shapes in (self.program.shapes, inner.inputs))
+        result = 2 * inner.outputs * self.program.outputs
+        return self.dtype.itemsize * (numbers + result) + self.inner.bytes_per_sample
+
+    # ---- the table
+
+    @property
+    def group_count(self) -> int:
+        return len(self.inner.groups)
+
+    @cached_property
+    def steps(self) -> tuple[PlanStep, ...]:
+        return replace(self.inner, facts=Facts(fallback=self.facts.fallback)).steps
+
+    @property
+    def work(self) -> str:
+        return f"{self.transposed.tangents} tangents"
+
+    @cached_property
+    def local_seeds(self) -> tuple[LocalSeeds, ...]:
+        return tuple(replace(local, seed="tangent", end="input") for local in self.inner.local_seeds)
 
 
 def contraction_params(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
@@ -291,37 +306,54 @@ def plan(
         program = prune(program)
         if machine and not isinstance(machine, Device):
             program = exchange_axes(program)
+    differentiated = range(len(program.inputs)) if wrt is None else wrt
     chosen = None
     if wanted is None and not reverse:
-        chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)
-    heavy = heavy_layers(program) if seeds and machine and not isinstance(machine, Device) else {}
-    choices = [choose_implementation(program, i, dtype, machine, heavy.get(i)) for i in range(len(program.steps))]
-    steps = list(range(len(choices))) if wanted is None else graph.steps_to(program, wanted)
-    wanted = (program.output,) if wanted is None else wanted
-    chains = Chains(program, machine, dtype.itemsize)
-    groups: tuple[Group, ...] = ()
-    instead: Parts | ForwardMode | None = None
+        chosen = direction.choose(program, seeds, differentiated)
+    base: dict[str, Any] = {  # the fields of every plan
+        "original": original,
+        "program": program,
+        "machine": machine,
+        "dtype": dtype,
+        "seeds": seeds,
+        "wanted": (program.output,) if wanted is None else wanted,
+        "direction": chosen,
+        "cast_dtype": cast_dtype,
+    }
     if chosen is not None and chosen.is_forward:
-        choices = []
-        instead = _forward_mode(program, range(len(program.inputs)) if wrt is None else wrt, dtype, machine)
-    else:
-        partition = Partition(chains, seeds, steps, wanted, [c.implementation.chained for c in choices])
-        groups = partition.groups()
-        for i, reason in partition.too_large.items():
-            choices[i] = choose_implementation(program, i, dtype, machine, reason)
-        if chosen is not None and chosen.cut is not None:
-            before, after = direction.split_at(program, chosen.cut.value)
-            first = plan(before, chosen.cut.width, dtype, machine=machine, wrt=wrt)
-            instead = Parts(first, plan(after, seeds, dtype, machine=machine))
-    return Plan(
-        original, program, machine, dtype, seeds, wanted, groups, tuple(choices), chains, chosen, instead, cast_dtype
+        transposed = transpose(program, differentiated, computed=not isinstance(machine, Device))
+        inner = plan(transposed.program, transposed.tangents, dtype, machine=machine, reverse=True)
+        assert isinstance(inner, GroupedPlan)
+        read = tuple(dict.fromkeys((*values_read(program, transposed.slopes), program.output)))
+        values = without_zeros(program, read)
+        return ForwardPlan(**base, transposed=transposed, inner=inner, values=values, read=read)
+    steps = list(range(len(program.steps))) if wanted is None else graph.steps_to(program, wanted)
+    whole = GroupedPlan(**base, **_groups(program, steps, base["wanted"], seeds, dtype, machine))
+    if chosen is None or chosen.cut is None:
+        return whole
+    before, after = direction.split_at(program, chosen.cut.value)
+    return ProductPlan(
+        **base,
+        before=plan(before, chosen.cut.width, dtype, machine=machine, wrt=wrt),
+        after=plan(after, seeds, dtype, machine=machine),
+        whole=whole,
     )
 
 
-def _forward_mode(
-    program: Program, wrt: Sequence[int], dtype: torch.dtype, machine: Machine | NoKernels
-) -> ForwardMode:
-    transposed = transpose(program, wrt, computed=not isinstance(machine, Device))
-    inner = plan(transposed.program, transposed.tangents, dtype, machine=machine, reverse=True)
-    read = tuple(dict.fromkeys((*values_read(program, transposed.slopes), program.output)))
-    return ForwardMode(transposed, inner, without_zeros(program, read), read)
+def _groups(
+    program: Program,
+    steps: list[int],
+    wanted: tuple[int, ...],
+    seeds: int,
+    dtype: torch.dtype,
+    machine: Machine | NoKernels,
+) -> dict[str, Any]:
+    """The fields of a `GroupedPlan` that computes the values ``wanted`` by ``steps``."""
+    heavy = heavy_layers(program) if seeds and machine and not isinstance(machine, Device) else {}
+    choices = [choose_implementation(program, i, dtype, machine, heavy.get(i)) for i in range(len(program.steps))]
+    chains = Chains(program, machine, dtype.itemsize)
+    partition = Partition(chains, seeds, steps, wanted, [c.implementation.chained for c in choices])
+    groups = partition.groups()
+    for i, reason in partition.too_large.items():
+        choices[i] = choose_implementation(program, i, dtype, machine, reason)
+    return {"groups": groups, "choices": tuple(choices), "chains": chains}

@@ -12,7 +12,7 @@ from ..codegen.chain import Chain
 from ..codegen.machine import NoKernels
 from ..ir import graph
 from ..ir.program import Program
-from ..planner.plan import Plan, plan
+from ..planner.plan import ForwardPlan, GroupedPlan, Plan, ProductPlan, plan
 from ..util.memo import Memo
 from . import ops
 
@@ -51,8 +51,17 @@ def call_plan_for(
     """The plan for the dtype and device of ``like``, specialized for the inputs ``wrt``, remembered."""
     key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted, reverse)
     return _call_plans.get_or_make(
-        key, lambda: CallPlan(plan_for(program, seeds, like.dtype, like.device, wanted, wrt or None, reverse), wrt)
+        key, lambda: specialized(plan_for(program, seeds, like.dtype, like.device, wanted, wrt or None, reverse), wrt)
     )
+
+
+def grouped_call_plan(
+    program: Program, seeds: int, like: Tensor, wrt: tuple[int, ...], wanted: tuple[int, ...] | None = None
+) -> GroupedCallPlan:
+    """`call_plan_for` of a forward pass that computes ``wanted``, or else in reverse mode: such plans are groups."""
+    call_plan = call_plan_for(program, seeds, like, wrt, wanted, reverse=wanted is None)
+    assert isinstance(call_plan, GroupedCallPlan)
+    return call_plan
 
 
 @dataclass(frozen=True)
@@ -75,36 +84,38 @@ class CallPlan:
         self.plan, self.program, self.wrt = plan, program, wrt
         self.native, self.linear = plan.native, bool(program.slopes)
         self.outputs, self.shapes = program.outputs, program.shapes
-        self.needed = graph.descendants(program, wrt)  # the values whose cotangents are needed
-        self.groups = tuple(self._group(k) for k in range(len(plan.groups)))
-        last = self.groups[-1] if self.groups else None
-        #: Whether seeds enter the last group as targets, so that no one-hot tensor is made.
-        self.targets_enter = bool(
-            last and last.native and last.wrt and last.live_out == (program.output,) and plan.seeds
-        )
-        self.parts: tuple[CallPlan, CallPlan] | None = None
-        if plan.parts is not None:
-            self.parts = CallPlan(plan.parts[0], wrt), CallPlan(plan.parts[1], (0,))
-        self.transposed = None if plan.forward_mode is None else CallPlan(plan.forward_mode.plan, (0,))
-        self._chains: dict[tuple[int, bool, bool], Chain] = {}
         #: Whether results of these kernels have been compared with torch's own, which they have to be once.
         self.confirmed = not plan.native
-        for part in (*(self.parts or ()), *([self.transposed] if self.transposed else ())):
-            part.confirmed = True  # what is compared is the whole
-
-    def _group(self, k: int) -> CallGroup:
-        group, inside = self.plan.groups[k], set(self.plan.groups[k].steps)
-        wrt = tuple(v for v in group.live_in if v in self.needed)
-        only_reader_of = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
-        return CallGroup(k, group.native, group.steps, group.live_out, wrt, only_reader_of)
 
     def folded(self, seeds: int) -> CallPlan:
         """The call plan without gradkern's own kernels, for a number of seeds."""
         own = self.plan
         wanted = None if own.seeds else own.wanted
-        return CallPlan(
+        return specialized(
             plan(own.original, seeds, own.dtype, machine=NoKernels(), wanted=wanted, reverse=True), self.wrt
         )
+
+
+class GroupedCallPlan(CallPlan):
+    """A `GroupedPlan` for the inputs ``wrt``."""
+
+    def __init__(self, plan: GroupedPlan, wrt: tuple[int, ...]) -> None:
+        super().__init__(plan, wrt)
+        self.grouped = plan
+        self.needed = graph.descendants(plan.program, wrt)  # the values whose cotangents are needed
+        self.groups = tuple(self._group(k) for k in range(len(plan.groups)))
+        last = self.groups[-1] if self.groups else None
+        #: Whether seeds enter the last group as targets, so that no one-hot tensor is made.
+        self.targets_enter = bool(
+            last and last.native and last.wrt and last.live_out == (plan.program.output,) and plan.seeds
+        )
+        self._chains: dict[tuple[int, bool, bool], Chain] = {}
+
+    def _group(self, k: int) -> CallGroup:
+        group, inside = self.grouped.groups[k], set(self.grouped.groups[k].steps)
+        wrt = tuple(v for v in group.live_in if v in self.needed)
+        only_reader_of = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
+        return CallGroup(k, group.native, group.steps, group.live_out, wrt, only_reader_of)
 
     def chain(self, group: CallGroup, *, backward: bool, onehot: bool = False) -> Chain:
         """The group's chain, for the forward pass alone or with the backward pass.  Raises `TooLarge`."""
@@ -112,7 +123,7 @@ class CallPlan:
         chain = self._chains.get(key)
         if chain is None:
             seeds, wrt = (self.plan.seeds, group.wrt) if backward else (0, ())
-            chain = self._chains.setdefault(key, self.plan.chain(group.number, seeds, wrt, onehot))
+            chain = self._chains.setdefault(key, self.grouped.chain(group.number, seeds, wrt, onehot))
         return chain
 
     def backward_chains(self) -> Iterator[Chain]:
@@ -120,3 +131,34 @@ class CallPlan:
         for group in self.groups:
             if group.native and group.wrt and self.plan.seeds:
                 yield self.chain(group, backward=True, onehot=self.targets_enter and group is self.groups[-1])
+
+
+class ProductCallPlan(CallPlan):
+    """A `ProductPlan` for the inputs ``wrt``."""
+
+    def __init__(self, plan: ProductPlan, wrt: tuple[int, ...]) -> None:
+        super().__init__(plan, wrt)
+        self.before, self.after = specialized(plan.before, wrt), specialized(plan.after, (0,))
+        self.before.confirmed = self.after.confirmed = True  # what is compared is the whole
+
+
+class ForwardCallPlan(CallPlan):
+    """A `ForwardPlan` for the inputs ``wrt``.  ``inner``: for the cotangents of its transpose."""
+
+    def __init__(self, plan: ForwardPlan, wrt: tuple[int, ...]) -> None:
+        super().__init__(plan, wrt)
+        self.forward = plan
+        self.inner = GroupedCallPlan(plan.inner, (0,))
+        self.inner.confirmed = True  # what is compared is the whole
+
+
+def specialized(plan: Plan, wrt: tuple[int, ...]) -> CallPlan:
+    """A plan for the inputs ``wrt``."""
+    match plan:
+        case GroupedPlan():
+            return GroupedCallPlan(plan, wrt)
+        case ProductPlan():
+            return ProductCallPlan(plan, wrt)
+        case ForwardPlan():
+            return ForwardCallPlan(plan, wrt)
+    raise TypeError(f"a plan of the unknown kind {type(plan).__name__}")

@@ -15,7 +15,7 @@ from ..ir.recurrent import recognize
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
 from . import ops, recurrent, reference
-from .call_plan import CallGroup, CallPlan
+from .call_plan import CallGroup, GroupedCallPlan
 from .parameters import KernelsUnavailable, Packed, PlanWeights
 
 _warned: Memo[bool] = Memo(256)
@@ -53,20 +53,17 @@ class Execution:
 
     def __init__(
         self,
-        call_plan: CallPlan,
+        call_plan: GroupedCallPlan,
         weights: PlanWeights,
         inputs: Sequence[Tensor],
         targets: Tensor | None,
         out: Sequence[Tensor],
     ) -> None:
-        self.call_plan, self.program, self.weights, self.targets, self.out = (
-            call_plan,
-            call_plan.program,
-            weights,
-            targets,
-            out,
-        )
-        self.base, self.n, self.seeds, self.like = len(inputs), inputs[0].shape[0], call_plan.plan.seeds, weights.like
+        self.call_plan, self.program = call_plan, call_plan.program
+        self.weights, self.like = weights, weights.like
+        self.targets, self.seeds = targets, call_plan.plan.seeds
+        self.out = out
+        self.base, self.n = len(inputs), inputs[0].shape[0]
         self.values: dict[int, Tensor] = dict(enumerate(inputs))
         self.cotangents: dict[int, Tensor] = {}
 
@@ -95,7 +92,10 @@ class Execution:
 
     def forward(self, groups: Sequence[CallGroup]) -> None:
         for group in groups:
-            self.forward_native(group) if group.native else self.forward_reference(group)
+            if group.native:
+                self.forward_native(group)
+            else:
+                self.forward_reference(group)
 
     def add(self, value: int, cotangent: Tensor) -> None:
         """``cotangent``: [N, S, *shape]."""

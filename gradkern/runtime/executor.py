@@ -16,10 +16,19 @@ from torch import Tensor
 from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program
-from ..planner.plan import ForwardMode
+from ..planner.plan import ForwardPlan
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
+from ..util.samples import targets_of
 from . import forward_mode, reference
-from .call_plan import CallPlan, call_plan_for, plan_for
+from .call_plan import (
+    CallPlan,
+    ForwardCallPlan,
+    GroupedCallPlan,
+    ProductCallPlan,
+    call_plan_for,
+    grouped_call_plan,
+    plan_for,
+)
 from .confirmation import confirm, few_seeds
 from .execution import Execution, warn_once
 from .parameters import KernelsUnavailable, LazyParams, PlanWeights, all_output_indices, leading
@@ -73,7 +82,7 @@ def transpose(
     Seeds are one-hot at ``targets``, or dense if ``cotangent [N, S, *out]`` is given.  Fills ``out`` as `jacobian`
     does; raises `KernelsUnavailable` if the weights are not finite or of another dtype.
     """
-    call_plan = call_plan_for(program, targets.shape[-1], values[0], wrt, reverse=True)
+    call_plan = grouped_call_plan(program, targets.shape[-1], values[0], wrt)
     weights, targets = PlanWeights(call_plan.plan, params, values[0]), targets.contiguous()
     try:
         _transpose(call_plan, weights, values, targets, out, cotangent)
@@ -86,7 +95,7 @@ def transpose(
 
 
 def _transpose(
-    call_plan: CallPlan,
+    call_plan: GroupedCallPlan,
     weights: PlanWeights,
     values: Sequence[Tensor],
     targets: Tensor,
@@ -103,7 +112,7 @@ def forward_values(
     like, wanted = leading(inputs), tuple(v for v in wanted if v >= len(inputs))
     if not wanted:
         return {}
-    call_plan = call_plan_for(program, 0, like, (), wanted)
+    call_plan = grouped_call_plan(program, 0, like, (), wanted)
     if not call_plan.native or call_plan.plan.cast_dtype is not None or not like.shape[0]:
         return {}
 
@@ -114,11 +123,12 @@ def forward_values(
         return {}
 
 
-def _wanted_values(call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+def _wanted_values(call_plan: GroupedCallPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
     """The values that a plan of a forward pass computes."""
     wanted = call_plan.plan.wanted
 
     def run(call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> list[Tensor]:
+        assert isinstance(call_plan, GroupedCallPlan)
         execution = Execution(call_plan, weights, inputs, None, ())
         execution.forward(call_plan.groups)
         return [execution.values[v] for v in wanted]
@@ -145,18 +155,19 @@ def fallback_reason(
 
 def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
     """Pack the weights of all chains that a Jacobian takes."""
-    for part in call_plan.parts or ():
-        _pack(part, weights)
-    if call_plan.transposed is not None:
-        assert call_plan.plan.forward_mode is not None
-        _pack(call_plan.transposed, _transposed_weights(call_plan.plan.forward_mode, weights))
-    elif call_plan.parts is None:
-        for chain in call_plan.backward_chains():
-            weights.packed(chain)
+    match call_plan:
+        case ProductCallPlan():
+            _pack(call_plan.before, weights)
+            _pack(call_plan.after, weights)
+        case ForwardCallPlan():
+            _pack(call_plan.inner, _transposed_weights(call_plan.forward, weights))
+        case GroupedCallPlan():
+            for chain in call_plan.backward_chains():
+                weights.packed(chain)
 
 
-def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeights:
-    return weights.of_plan(forward.plan, LazyParams(forward.transposed.program, weights.params))
+def _transposed_weights(forward: ForwardPlan, weights: PlanWeights) -> PlanWeights:
+    return weights.of_plan(forward.inner, LazyParams(forward.transposed.program, weights.params))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -193,11 +204,14 @@ def _runs_kernels(call_plan: CallPlan, inputs: Sequence[Tensor]) -> bool:
 def _by_kernels(
     call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
-    if call_plan.parts is not None:
-        return _through_bottleneck(call_plan.parts, weights, inputs, targets, out)
-    if call_plan.transposed is not None:
-        return _forward_mode(call_plan, call_plan.transposed, weights, inputs, targets, out)
-    return Execution(call_plan, weights, inputs, targets, out).run()
+    match call_plan:
+        case ProductCallPlan():
+            return _through_bottleneck(call_plan, weights, inputs, targets, out)
+        case ForwardCallPlan():
+            return _forward_mode(call_plan, weights, inputs, targets, out)
+        case GroupedCallPlan():
+            return Execution(call_plan, weights, inputs, targets, out).run()
+    raise TypeError(f"a call plan of the unknown kind {type(call_plan).__name__}")
 
 
 def _confirm(
@@ -243,14 +257,14 @@ def _as_float32(t: Tensor) -> Tensor:
 
 
 def _through_bottleneck(
-    parts: tuple[CallPlan, CallPlan],
+    call_plan: ProductCallPlan,
     weights: PlanWeights,
     inputs: Sequence[Tensor],
     targets: Tensor,
     out: Sequence[Tensor],
 ) -> Tensor:
     """The product ``dy/dv · dv/dx``, for a part of the batch at a time, so that ``dv/dx`` stays small."""
-    before, after = parts
+    before, after = call_plan.before, call_plan.after
     width, like = before.outputs, leading(inputs)
     features = [o[0, 0].numel() for o in out]
     each = out[0].element_size() * (width * sum(features) + targets.shape[-1] * max(features))  # dv/dx and a product
@@ -260,7 +274,7 @@ def _through_bottleneck(
         rows = [t[a:b] for t in inputs]
         inner = [rows[w].new_empty(b - a, width, *rows[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
         v = _fill(before, weights, rows, middle, inner)  # [n, *v]
-        chunk_targets = targets[a:b] if targets.dim() == 2 else targets
+        chunk_targets = targets_of(targets, slice(a, b))
         outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
         outputs.append(_fill(after, weights, [v], chunk_targets, [outer.view(*outer.shape[:2], *v.shape[1:])]))
         for o, j in zip(out, inner, strict=True):
@@ -269,22 +283,20 @@ def _through_bottleneck(
 
 
 def _forward_mode(
-    call_plan: CallPlan,
-    transposed: CallPlan,
+    call_plan: ForwardCallPlan,
     weights: PlanWeights,
     inputs: Sequence[Tensor],
     targets: Tensor,
     out: Sequence[Tensor],
 ) -> Tensor:
     """Forward mode: a forward pass, the slopes at its values, and the chains of the transpose for all tangents."""
-    forward, program, n, like = call_plan.plan.forward_mode, call_plan.program, inputs[0].shape[0], weights.like
-    assert forward is not None
+    forward, program, n, like = call_plan.forward, call_plan.program, inputs[0].shape[0], weights.like
     values = _values(forward, weights, inputs)
     slopes = forward_mode.slope_tensors(program, weights.params, values, forward.transposed.slopes)
     seed = like.new_zeros(n, *program.output_shape)  # the cotangent input, whose value does not matter
     rows = like.new_empty(n, forward.transposed.tangents, *program.output_shape)
     tangents = all_output_indices(forward.transposed.tangents, like.device)
-    execution = Execution(transposed, _transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
+    execution = Execution(call_plan.inner, _transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
     execution.run()
     columns = rows.view(*rows.shape[:2], program.outputs).transpose(1, 2)  # [N, C, D]
     if targets.dim() == 2:
@@ -301,10 +313,10 @@ def _forward_mode(
     return values[program.output]
 
 
-def _values(forward: ForwardMode, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+def _values(forward: ForwardPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
     """The values that forward mode reads, ``[N, *shape]`` each."""
     program, wanted = forward.values, tuple(v for v in forward.read if v >= len(inputs))
-    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), LazyParams(program, weights.params)
+    call_plan, params = grouped_call_plan(program, 0, weights.like, (), wanted), LazyParams(program, weights.params)
     return dict(enumerate(inputs)) | _wanted_values(call_plan, weights.of_plan(call_plan.plan, params), inputs)
 
 
@@ -313,8 +325,7 @@ def _refill(
 ) -> None:
     """The samples ``rows`` of a Jacobian once more, by the plain reference."""
     again = [o.new_empty(len(rows), *o.shape[1:]) for o in out]
-    chosen = targets[rows] if targets.dim() == 2 else targets
-    _by_reference(call_plan, params, [x[rows] for x in inputs], chosen, again)
+    _by_reference(call_plan, params, [x[rows] for x in inputs], targets_of(targets, rows), again)
     for o, a in zip(out, again, strict=True):
         o[rows] = a
 
@@ -327,7 +338,7 @@ def _by_reference(
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
     for a, b in list(spans(0, n, stepwise_samples(inputs[0].device, need))) or [(0, 0)]:
-        chunk_targets = targets[a:b] if targets.dim() == 2 else targets
         chunk_inputs, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
+        chunk_targets = targets_of(targets, slice(a, b))
         outputs.append(reference.jacobian(program, params, chunk_inputs, chunk_targets, call_plan.wrt, out=rows)[0])
     return torch.cat(outputs)

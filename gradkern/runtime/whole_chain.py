@@ -18,7 +18,7 @@ from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
 from ..util.progress import limit_for_progress
 from . import ops
-from .call_plan import CallPlan, call_plan_for
+from .call_plan import CallPlan, GroupedCallPlan, call_plan_for
 from .confirmation import comparison_size
 from .execution import run_chain
 from .executor import jacobian
@@ -35,14 +35,16 @@ class WholeChain:
         self, program: Program, call_plan: CallPlan, chain: Chain, like: Tensor, wrt: tuple[int, ...], targets: Tensor,
         axes: Shape,
     ) -> None:  # fmt: skip
-        self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
+        self.program, self.plan, self.chain = program, call_plan.plan, chain
+        self.targets = targets
         self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
         self.axes = axes  # the axes of the results in place of S
-        self.like, self.outputs = like.new_empty(0), call_plan.outputs
+        self.like, self.device = like.new_empty(0), like.device
+        self.outputs = program.outputs
+        self.output_bytes = program.outputs * like.element_size()  # per sample
         self.order = [chain.wrt.index(v) for v in wrt]
         numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
         self.gradient_bytes = numbers * like.element_size()  # per sample
-        self.output_bytes, self.device = program.outputs * like.element_size(), like.device
 
     def packed(self, tensors: Params) -> Packed | None:
         """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
@@ -120,8 +122,9 @@ def whole_chain(
     like = leading(inputs)
     targets = all_output_indices(program.outputs, like.device) if targets is None else targets.to(like.device)
     call_plan = call_plan_for(program, targets.shape[-1], like, wrt)
-    whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1
-    if not whole or call_plan.parts is not None or call_plan.plan.cast_dtype is not None:
+    if not isinstance(call_plan, GroupedCallPlan) or call_plan.plan.cast_dtype is not None:
+        return None
+    if not call_plan.targets_enter or len(call_plan.groups) != 1:
         return None
     if call_plan.groups[0].only_reader_of != set(wrt):
         return None

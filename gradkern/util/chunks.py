@@ -8,7 +8,7 @@
   recurrent layer (csrc/cpu/recurrent.cpp).
 * The outputs behind a convergence delta (`gradkern.attr.attribute_all.rows_out`) come from the live model, whose memory
   is not measured, so their number of rows is fixed.
-* Autograd takes at most `gradkern.dispatch.eager.LARGEST_CHUNK` samples, whatever the budget.
+* Autograd takes at most `gradkern.dispatch.profile.LARGEST_CHUNK` samples, whatever the budget.
 * Arrays that are only held or copied (the orders of features in :mod:`gradkern.data.ranking`, the rows of
   :mod:`gradkern.data.export`) have fixed bounds.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Engine = Literal["auto", "kernel", "reference", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 ENVIRONMENT = "GRADKERN_ENGINE"
+_ENCODED = os.environ.encodekey(ENVIRONMENT)
 DEBUG = "GRADKERN_DEBUG"
 DEFAULT_MEMORY_BUDGET = 512 << 20  # bytes
 GPU_SHARE = 16  # the budget on a GPU is its memory divided by this: a GPU needs large pieces
@@ -75,6 +76,9 @@ def engine(argument: str | None = None) -> Engine:
     chosen = _engine.get()
     if chosen is not None:
         return chosen
+    table = getattr(os.environ, "_data", None)  # `os.environ.get` looks it up in there too, in more Python code
+    if table is not None and _ENCODED not in table:
+        return "auto"
     return _valid_engine(os.environ.get(ENVIRONMENT) or "auto", f"environment variable {ENVIRONMENT}")
 
 

@@ -19,7 +19,7 @@ def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> R:
             if old in kwargs:
-                note(f"{old}=", f"{new}=", 3)
+                warn_of_old_name(f"{old}=", f"{new}=", 3)
                 return function(*args, **{new: kwargs.pop(old)}, **kwargs)
             return function(*args, **kwargs)
 
@@ -55,7 +55,7 @@ def old_names(scope: dict[str, Any], names: dict[str, str]) -> Callable[[str], A
         module = scope["__name__"]
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        note(f"{module}.{name}", f"{module}.{names[name]}", 3)
+        warn_of_old_name(f"{module}.{name}", f"{module}.{names[name]}", 3)
         return scope[names[name]]
 
     return find
@@ -65,11 +65,11 @@ def adopt_old_methods(cls: type, names: dict[str, str]) -> None:
     """Rename methods that a class defines under their old names; called by ``__init_subclass__``."""
     for old, new in names.items():
         if old in vars(cls):
-            note(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}", 4)
+            warn_of_old_name(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}", 4)
             setattr(cls, new, vars(cls)[old])
 
 
-def note(old: str, new: str, level: int) -> None:
+def warn_of_old_name(old: str, new: str, level: int) -> None:
     """Warn that an old name was used; ``level``: the frames between here and the caller, as in `warnings.warn`."""
     message = f"{old} is now {new}; the old name will be removed in the next release"
     warnings.warn(message, DeprecationWarning, stacklevel=level)

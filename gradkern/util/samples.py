@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def targets_of(targets: Tensor, rows: slice | Tensor) -> Tensor:
+    """The targets of the samples ``rows``, out of ``targets``: flat indices ``[S]`` that all samples share, or
+    ``[N, S]``."""
+    return targets[rows] if targets.dim() == 2 else targets
+
+
 def spread_indices(count: int, most: int) -> list[int]:
     """``most`` of the indices below ``count`` (all, if these are fewer), evenly spread, the first and the last among
     them: ``spread_indices(10, 4) == [0, 3, 6, 9]``."""

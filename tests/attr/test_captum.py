@@ -17,8 +17,9 @@ from torch import nn
 import gradkern
 from gradkern.attr import Saliency
 from gradkern.attr.plug import GradientFunc
-from gradkern.dispatch.request import Request, jacobian_choice
+from gradkern.dispatch.request import Request
 from gradkern.dispatch.route import decide
+from gradkern.dispatch.targets import jacobian_choice
 from gradkern.util import options
 from gradkern.util.options import GradkernWarning
 from tests.cases import CASES

@@ -173,8 +173,8 @@ class LayerSquaredGradient(LayerMethod, stock.LayerGradientXActivation):
     attribute = make_attribute(stock.LayerGradientXActivation)
     attribute_all = make_attribute_all(stock.LayerGradientXActivation)
 
-    def layer_maps(self, view, index, seeds, options):
-        return view.at_inputs(index, seeds)[1] ** 2
+    def layer_maps(self, view, seeds, options):
+        return view.at_inputs(seeds)[1] ** 2
 
 
 def test_methods_written_for_the_release_before_still_work():
@@ -189,6 +189,15 @@ def test_methods_written_for_the_release_before_still_work():
     assert caught[0].filename == __file__
     model, x = net("residual")
     same(Earlier(model, model.conv2).attribute_all(x), LayerSquaredGradient(model, model.conv2).attribute_all(x))
+
+    with pytest.warns(DeprecationWarning, match=r"Indexed\.row_maps\(…, index, seeds, options\)"):
+
+        class Indexed(ours.GuidedBackprop):
+            def row_maps(self, points, index, seeds, options):
+                return points.gradients(points.inputs, points.more, index, seeds)
+
+    for targets in (None, [2, 0], torch.arange(len(x))[:, None] % 3):
+        same(Indexed(model).attribute_all(x, targets=targets), gradkern.jacobian(model, x, targets))
 
     with pytest.warns(DeprecationWarning, match=r"Negative\._finish is now Negative\.finish_gradient;"):
 

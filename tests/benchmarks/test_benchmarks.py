@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, ceilings, full_set, kernels, measure, operations, questions, scaling
+from benchmarks import accuracy, call_table, ceilings, full_set, kernels, measure, operations, questions, scaling
 from benchmarks import run as benchmark
 from benchmarks.baselines import PEERS, run
 from benchmarks.problems import PROBLEMS, batch_sizes
@@ -195,3 +195,40 @@ def test_shares_of_a_matrix_product() -> None:
     assert found["share"] == pytest.approx(found["mflop_needed"] / found["us"] * 1e3 / found["gemm_gflops"])
     assert found["met"] == (found["share"] >= found["goal"] == 0.75)
     assert len(ceilings.row(json.loads(json.dumps(found, allow_nan=False)))) == len(ceilings.HEAD)
+
+
+def test_calls_of_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that cannot do a network, or would take too long at the next size, is left out, and the table says why."""
+    monkeypatch.setattr(call_table, "SAMPLES", (1, 2))
+    monkeypatch.setattr(call_table, "SLOWEST", 1e-9)
+
+    def fails(*_: object) -> call_table.Call:
+        raise TypeError("no twin of this network")
+
+    every = call_table.makers
+    monkeypatch.setattr(call_table, "makers", lambda compiled: [*every(compiled), ("JAX", fails)])
+    said: list[str] = []
+    one, two = call_table.rows(PROBLEMS["mlp"], 2, False, said.append)
+    assert {call_table.HANDLE, call_table.PLAIN, "class loop", "vmap(jacrev)"} <= one.us.keys()
+    assert one.left_out == {"JAX": "TypeError: no twin of this network"}
+    assert set(two.us) == {call_table.HANDLE, call_table.PLAIN}
+    assert "would take" in two.left_out["class loop"] and two.left_out["JAX"] == one.left_out["JAX"]
+    assert any("class loop" in text for text in said)
+    table = call_table.table([one, two])
+    assert "mlp, 1: no JAX: TypeError" in table and "handle first" in table
+
+
+def test_a_slow_way_leaves_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_table, "SECONDS", 0.0)
+    taken = {"quick": 0, "slow": 0}
+
+    def way(name: str) -> call_table.Call:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            taken[name] += 1
+            return x
+
+        return call
+
+    row = call_table.Row("mlp", 1)
+    call_table._time(row, {name: way(name) for name in taken}, PROBLEMS["mlp"], 50, lambda text: None)
+    assert set(row.us) == {"quick", "slow"} and max(taken.values()) == call_table.LEAST

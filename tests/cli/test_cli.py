@@ -59,7 +59,7 @@ def call(*words: str, code: int = 0):
 def test_from_an_exported_network_to_a_report(files, tmp_path):
     store = tmp_path / "maps.zarr"
     words = ("run", files / "net.pt2", files / "x.npy", store, "--method", "jacobian", "--chunk", "8")
-    first = call(*words, "--reduce", "importance,mean_abs", "--shard", "1/2")
+    first = call(*words, "--reductions", "importance,mean_abs", "--shard", "1/2")
     assert "2 of 4 chunks finished" in first.stdout
     done = call(*words, "--reduce", "importance,mean_abs")
     assert "complete, 30 samples" in done.stdout

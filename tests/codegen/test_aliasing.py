@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradkern.codegen.aliasing import Cotangent, Cotangents
-from gradkern.codegen.grouping import GraphBuilder
+from gradkern.codegen.unit_graph import GraphBuilder
 from gradkern.codegen.units import Node, UnitGraph
 from gradkern.ir.program import Program, Step, Sum
 from tests.support.programs import GUIDED, TANH, classifier, conv, pool, program

@@ -224,6 +224,10 @@ def test_settings_as_one_value_are_the_keywords(tmp_path):
     assert torch.equal(one.maps(0, 9), other.maps(0, 9))
     assert settings.reductions == ("mean_abs", "variance", "max_abs")
     assert Settings(reductions="mean").reductions == ("mean",)
+    planned = gradkern.data.plan(*problem(), settings=settings)
+    assert (planned.samples, planned.chunk) == (9, 4)
+    with pytest.raises(ValueError, match="plan: got chunk together with settings="):
+        gradkern.data.plan(*problem(), settings=settings, chunk=4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.dispatch.request import explain_failure
+from gradkern.dispatch.checks import explain_failure
 from tests.cases import CASES
 
 ENGINES = ("auto", "autograd", "kernel")

@@ -11,8 +11,9 @@ from torch import nn
 
 import gradkern
 from gradkern.dispatch import first_use, state
-from gradkern.dispatch.request import Request, jacobian_choice
+from gradkern.dispatch.request import Request
 from gradkern.dispatch.route import decide
+from gradkern.dispatch.targets import jacobian_choice
 from gradkern.frontend import verify
 from gradkern.frontend.capture import GraphCache
 from gradkern.runtime import ops
@@ -50,7 +51,8 @@ def test_engine_choice(monkeypatch):
 
 
 def known(model, x):
-    return decide(Request(model, (x,), (0,), jacobian_choice(None))).verdict
+    route = decide(Request(model, (x,), (0,), jacobian_choice(None)))
+    return route.bound or route.refusal
 
 
 def test_each_engine_traces_as_it_says(monkeypatch):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.dispatch import eager, first_use, route, state
+from gradkern.dispatch import autograd_call, eager, first_use, program_call, state
 from gradkern.dispatch.first_use import AutogradWork
+from gradkern.planner.timing import Timing
 from gradkern.runtime import whole_chain
 
 pytestmark = pytest.mark.real_export
@@ -92,9 +93,9 @@ class Clock:
 
         monkeypatch.setattr(eager, "fill", fill)
         monkeypatch.setattr(whole_chain.WholeChain, "__call__", kernels)
-        for module in (route, state):
+        for module in (autograd_call, program_call, state):
             monkeypatch.setattr(module, "clock", lambda: self.now)
-        monkeypatch.setattr(route.ways, "measure", lambda *args: route.Timing(1, {"kernels": 1.0, "loop": 2.0}))
+        monkeypatch.setattr(program_call.ways, "measure", lambda *args: Timing(1, {"kernels": 1.0, "loop": 2.0}))
 
 
 def network() -> nn.Module:

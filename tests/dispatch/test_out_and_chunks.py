@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.dispatch import eager
-from gradkern.dispatch.request import Request, allocate, jacobian_choice
+from gradkern.dispatch import eager, profile
+from gradkern.dispatch.request import Request, allocate
+from gradkern.dispatch.targets import jacobian_choice
 from gradkern.util.options import ENGINES, BadValue
 from tests.cases import net
 
@@ -106,7 +107,7 @@ def test_autograd_stays_within_its_budget():
     real = eager.fill
 
     def watching(request, known, start, stop, **kwargs):
-        meter = eager._SavedBytes(request.module)
+        meter = profile._SavedBytes(request.module)
         with meter:
             results = real(request, known, start, stop, **kwargs)
         seen.append((stop - start, meter.bytes))

@@ -11,8 +11,11 @@ from torch import nn
 import gradkern
 from gradkern import attr
 from gradkern.dispatch import guards
-from gradkern.dispatch.request import Request, jacobian_choice
-from gradkern.dispatch.route import decide, one_call, output_shape, shared_route, solve, whole_batch_reason
+from gradkern.dispatch.autograd_call import output_shape, whole_batch_reason
+from gradkern.dispatch.request import Request
+from gradkern.dispatch.route import decide, one_call, shared_route
+from gradkern.dispatch.solve import solve
+from gradkern.dispatch.targets import jacobian_choice
 from tests.cases import net
 
 pytestmark = pytest.mark.real_export

@@ -75,7 +75,7 @@ def changed(agrees: Agrees) -> None:
 
 def captures(model):
     """How many graphs of this model have been captured."""
-    return sum(len(entry.verdicts) for entry in state.models.of(model).entries.values())
+    return sum(len(entry.programs) for entry in state.models.of(model).entries.values())
 
 
 @pytest.mark.parametrize(
@@ -250,13 +250,17 @@ def test_replaced_forward(traced):
     agrees()
 
 
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "backward_pre"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "forward_kwargs", "pre_kwargs", "backward", "backward_pre"])
 def test_registered_hook(traced, kind):
     model, _x, agrees = traced
     if kind == "forward":
         handle = model.act.register_forward_hook(lambda m, i, o: o * 3)
     elif kind == "pre":
         handle = model.act.register_forward_pre_hook(lambda m, i: (i[0] * 2,))
+    elif kind == "forward_kwargs":
+        handle = model.act.register_forward_hook(lambda m, i, k, o: o * 3, with_kwargs=True)
+    elif kind == "pre_kwargs":
+        handle = model.act.register_forward_pre_hook(lambda m, i, k: ((i[0] * 2,), k), with_kwargs=True)
     elif kind == "backward":
         handle = model.act.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))
     else:
@@ -329,4 +333,4 @@ def test_graphs_that_are_given_up_are_forgotten() -> None:
             got = gradkern.jacobian(model, x, engine="kernel")
     torch.testing.assert_close(got, gradkern.jacobian(model, x, engine="autograd"))
     (entry,) = state.models.of(model).entries.values()
-    assert 0 < len(entry.verdicts) < changes
+    assert 0 < len(entry.programs) < changes

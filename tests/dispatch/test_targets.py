@@ -16,6 +16,7 @@ from tests.cases import CASES
 
 pytestmark = pytest.mark.real_export
 N, C = 4, 3
+CPU = torch.device("cpu")
 ENGINES = ("autograd", "kernel")
 
 
@@ -224,8 +225,14 @@ def test_errors_reach_the_caller(flat_case):
 
 def test_seeds_are_per_chunk():
     seeds = resolve(torch.arange(8).view(4, 2) % 3, 4, (3,))
-    assert seeds.rows(1, 3).tolist() == [[2, 0], [1, 2]]
-    assert seeds.part(1, 3).rows(1, 2).tolist() == [[1, 2]]
+    assert seeds.part(1, 3).targets(3, CPU).tolist() == [[2, 0], [1, 2]]
+    assert seeds.part(1, 3).part(1, 2).targets(3, CPU).tolist() == [[1, 2]]
+    assert seeds.part(1, 3).repeat(2).targets(3, CPU).tolist() == [[2, 0], [1, 2], [2, 0], [1, 2]]
+    assert seeds.part(1, 3).repeat_interleave(2).targets(3, CPU).tolist() == [[2, 0], [2, 0], [1, 2], [1, 2]]
+    shared = resolve([2, 0], 4, (3,))
+    assert shared.part(1, 3).repeat(2).repeat_interleave(2) is shared
+    assert not shared.per_sample
+    assert resolve(None, 4, (3,)).targets(3, CPU).tolist() == [0, 1, 2]
     top = resolve(gradkern.TopK(1), 4, (3,))
     assert isinstance(top, TopSeeds)
     known = top.chosen_by(torch.tensor([[0.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 2.0, 4.0], [0.0, 1.0, 0.0]]))

@@ -11,7 +11,7 @@ import pytest
 from gradkern.ir import graph
 from gradkern.ir.program import View
 from gradkern.planner.implementations import PER_OP, WALK
-from gradkern.planner.plan import Plan
+from gradkern.planner.plan import ForwardPlan, Plan, ProductPlan
 from gradkern.runtime import executor, ops, reference
 from tests.cases import CASES, TRACEABLE
 from tests.support.case_runs import parts
@@ -42,12 +42,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
 def leaves(plan: Plan) -> Iterator[Plan]:
     """The plans that run: those on either side of a bottleneck, or of forward mode, in place of the whole."""
-    if plan.forward_mode is not None:
-        yield plan.forward_mode.plan
-    elif plan.parts is None:
-        yield plan
-    for part in plan.parts or ():
-        yield from leaves(part)
+    match plan:
+        case ForwardPlan():
+            yield plan.inner
+        case ProductPlan():
+            yield from leaves(plan.before)
+            yield from leaves(plan.after)
+        case _:
+            yield plan
 
 
 @pytest.mark.parametrize("case", TRACEABLE, ids=repr)
@@ -60,8 +62,8 @@ def test_what_a_plan_says_is_what_runs(case, ran):
     kernels, opaque = 0, Counter()
     for plan in leaves(executor.plan_for(program, program.outputs, inputs[wrt[0]].dtype)):
         run = plan.program if plan.native else plan.original  # without kernels, every position counts
-        base, whole = len(run.inputs), plan.program is program or plan.parts is None
-        entered = wrt if whole and base == len(inputs) else range(base)
+        base = len(run.inputs)
+        entered = wrt if base == len(inputs) else range(base)
         passed = graph.descendants(run, entered) & graph.ancestors(run, [run.output])  # a cotangent comes by here
         for row in plan.steps:
             if row.value not in passed:

@@ -28,6 +28,7 @@ from gradkern.ir.program import (
     View,
     Windows,
 )
+from gradkern.planner.plan import ForwardPlan
 from gradkern.runtime import call_plan, executor, ops, parameters, reference, whole_chain
 from gradkern.runtime.parameters import Packed
 from gradkern.util import options
@@ -40,7 +41,8 @@ from tests.support.programs import dense
 @pytest.mark.parametrize("name", ["bn_after_conv", "decoder"])  # in reverse mode, and in forward mode
 def test_packed_weights_follow_every_edit(name):
     _, inputs, program, params = parts(name, 3)
-    assert (executor.plan_for(program, program.outputs, torch.float64).forward_mode is not None) == (name == "decoder")
+    plan = executor.plan_for(program, program.outputs, torch.float64)
+    assert isinstance(plan, ForwardPlan) == (name == "decoder")
     params = {k: v.clone(memory_format=torch.contiguous_format) for k, v in params.items()}
     for name in list(params):
         with torch.no_grad():

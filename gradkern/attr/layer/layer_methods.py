@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...dispatch.request import jacobian_choice
-from ...dispatch.targets import Seeds
+from ...dispatch.targets import Seeds, jacobian_choice
 from ...util.options import BadArgument, Engine
 from ...util.outputs import Output
 from ...util.renamed import keyword_only, old_names
@@ -53,12 +52,12 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         super().__init__(*args, **kwargs)
         plug_into(self, GradientFunc(engine), output)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor | None:
         raise NotImplementedError
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> LayerMaps | None:
         """The attributions, and with ``delta`` the convergence delta ``[…, S]``; None if Captum takes the call."""
-        maps = self.layer_maps(view, seeds.rows(0, view.points.samples), seeds.count, options)
+        maps = self.layer_maps(view, seeds, options)
         if maps is None:
             return None
         return (maps,), self._delta(view, (maps,), seeds, options) if delta else None
@@ -119,7 +118,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
             tensors = all(isinstance(x, Tensor) for x in rows)
             points = points_for(self, rows, extra, integers=self._takes_integers) if tensors else None
         if points is not None:
-            points.route.work.other += seconds
+            points.route.entry.work.other += seconds
 
 
 def make_attribute(kind: Any) -> Any:
@@ -191,8 +190,8 @@ class LayerGradientXActivation(LayerMethod, stock.LayerGradientXActivation):
     attribute = make_attribute(stock.LayerGradientXActivation)
     attribute_all = make_attribute_all(stock.LayerGradientXActivation)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
-        value, gradients = view.at_inputs(index, seeds)
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor:
+        value, gradients = view.at_inputs(seeds)
         return gradients.mul_(value.unsqueeze(1)) if self.multiplies_by_inputs else gradients
 
 
@@ -205,8 +204,8 @@ class LayerGradCam(LayerMethod, stock.LayerGradCam):
     attribute = make_attribute(stock.LayerGradCam)
     attribute_all = make_attribute_all(stock.LayerGradCam)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
-        value, gradients = view.at_inputs(index, seeds)  # [N, S, channels, *spatial]
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor:
+        value, gradients = view.at_inputs(seeds)  # [N, S, channels, *spatial]
         if gradients.dim() > 3:
             gradients = gradients.mean(tuple(range(3, gradients.dim())), keepdim=True)
         maps = gradients * value.unsqueeze(1)
@@ -250,7 +249,7 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         rows = compat.format_tensor_into_tuples(inputs)
         seeds, out = resolve_targets(self.forward_func, rows, additional_forward_args, targets)
-        chosen = _as_targets(seeds.rows(0, rows[0].shape[0]), out)
+        chosen = _as_targets(seeds.indices, out)
         given = {"targets": chosen, "additional_forward_args": additional_forward_args}
         cam = self.grad_cam.attribute_all(
             rows, **given, attribute_to_layer_input=attribute_to_layer_input, relu_attributions=True

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...dispatch.targets import Seeds
 from ..attribute_all import Options
 from ..captum_compat import approximation_parameters, format_input_baseline, stock, tensorize_baseline
 from ..paths import path_steps, times_difference
-from ..points import between, blocks, gradient_bytes, repeat_index, repeat_rows, weighted_sum
+from ..points import between, blocks, gradient_bytes, repeat_rows, weighted_sum
 from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView
 
@@ -27,10 +28,10 @@ class InternalInfluence(LayerMethod, stock.InternalInfluence):
     attribute = make_attribute(stock.InternalInfluence)
     attribute_all = make_attribute_all(stock.InternalInfluence)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor:
         weights, alphas = path_steps(options["method"], options["n_steps"])
-        total = view.zeros(seeds)
-        for block in blocks_of_path(view, alphas, index, seeds, options):
+        total = view.zeros(seeds.count)
+        for block in blocks_of_path(view, alphas, seeds, options):
             total[block.a : block.b] += weighted_sum(block.gradients, weights[block.first : block.last])
         return total
 
@@ -46,15 +47,15 @@ class LayerConductance(LayerMethod, stock.LayerConductance):
     attribute = make_attribute(stock.LayerConductance)
     attribute_all = make_attribute_all(stock.LayerConductance)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor:
         _, places = approximation_parameters(options["method"])
         alphas = torch.tensor(places(options["n_steps"] + 1), dtype=torch.float64)
-        total = view.zeros(seeds)
+        total = view.zeros(seeds.count)
         last: tuple[Tensor, Tensor] | None = None  # the activations and gradients of the previous step
-        for block in blocks_of_path(view, alphas, index, seeds, options):
+        for block in blocks_of_path(view, alphas, seeds, options):
             steps, rows = block.last - block.first, block.b - block.a
             values = block.values.view(steps, rows, 1, *view.shape)
-            gradients = block.gradients.view(steps, rows, seeds, *view.shape)
+            gradients = block.gradients.view(steps, rows, seeds.count, *view.shape)
             if block.first and last is not None:
                 total[block.a : block.b] += last[1] * (values[0] - last[0])
             for k in range(steps - 1):
@@ -72,19 +73,19 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
     attribute = make_attribute(stock.LayerIntegratedGradients)
     attribute_all = make_attribute_all(stock.LayerIntegratedGradients)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor | None:
         if not view.exclusive:  # Captum changes the value only for the layer, not for its other readers
             return None
         inputs, start = format_input_baseline(view.points.inputs, options["baselines"])
         value, *crossing = view.forward(inputs, view.points.more)
         base = view.forward(tensorize_baseline(inputs, start), view.points.more)[0]
         weights, alphas = path_steps(options["method"], options["n_steps"])
-        total = value.new_zeros(len(value), seeds, *view.shape)
-        size, most = gradient_bytes([value], seeds), options["internal_batch_size"]
+        total = value.new_zeros(len(value), seeds.count, *view.shape)
+        size, most = gradient_bytes([value], seeds.count), options["internal_batch_size"]
         for a, b, first, last in blocks(len(value), len(alphas), size, value.device, most):
             steps = last - first
             tail_inputs = (*between([value], [base], a, b, alphas[first:last]), *repeat_rows(crossing, a, b, steps))
-            gradients = view.gradients(tail_inputs, repeat_index(index, a, b, steps), seeds)
+            gradients = view.gradients(tail_inputs, seeds.part(a, b).repeat(steps))
             total[a:b] += weighted_sum(gradients, weights[first:last].float())
         if self.multiplies_by_inputs:
             times_difference([total], [value], [base])
@@ -103,15 +104,13 @@ class PathBlock:
     gradients: Tensor  # [K (b - a), S, *layer]
 
 
-def blocks_of_path(
-    view: LayerView, alphas: Tensor, index: Tensor | None, seeds: int, options: Options
-) -> Iterator[PathBlock]:
+def blocks_of_path(view: LayerView, alphas: Tensor, seeds: Seeds, options: Options) -> Iterator[PathBlock]:
     """The layer along the path of inputs from the baselines, block by block."""
     points = view.points
     inputs, start = format_input_baseline(points.inputs, options["baselines"])
     layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
-    size, most = gradient_bytes([layer], seeds), options["internal_batch_size"]
+    size, most = gradient_bytes([layer], seeds.count), options["internal_batch_size"]
     for a, b, first, last in blocks(points.samples, len(alphas), size, inputs[0].device, most):
         at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
         values = view.forward(at, repeat_rows(points.more, a, b, steps))
-        yield PathBlock(a, b, first, last, values[0], view.gradients(values, repeat_index(index, a, b, steps), seeds))
+        yield PathBlock(a, b, first, last, values[0], view.gradients(values, seeds.part(a, b).repeat(steps)))

@@ -31,26 +31,23 @@ from .split import LayerView
 Finish = Callable[[Any, Tensor, Tensor], Tensor]  # (rule, multipliers [n, S, *layer], targets) to attributions
 
 
-def pull_to_layer(
-    view: LayerView, method: RuleMethod, index: Tensor | None, seeds: int, options: Options, finish: Finish
-) -> Tensor | None:
+def pull_to_layer(view: LayerView, method: RuleMethod, seeds: Seeds, options: Options, finish: Finish) -> Tensor | None:
     """The rule of ``method`` from the outputs to the layer, ``[N, S, *layer]``; None if it does not cover the model."""
     points, program = view.points, view.program
     if not method._supports(program):
         return None
     inputs = tuple(x.detach().contiguous() for x in points.base_request.inputs)
     like, n = inputs[points.wrt[0]] if points.wrt else inputs[0], points.samples
-    targets = torch.arange(program.outputs, device=like.device) if index is None else index.to(like.device)
     pieces = []
     with torch.inference_mode(False), torch.no_grad():
-        for a, b in spans(0, n, samples_at_a_time(program, seeds, like.dtype, like.device)):
-            chunk = Chunk(program, view.params, tuple(x[a:b] for x in inputs), a, b, options, view.by_reference)
-            chosen = targets[a:b] if targets.dim() == 2 else targets
+        for a, b in spans(0, n, samples_at_a_time(program, seeds.count, like.dtype, like.device)):
+            chunk = Chunk(program, view.params, tuple(x[a:b] for x in inputs), a, b, options, points.plain_torch)
+            targets = seeds.part(a, b).targets(program.outputs, like.device)
             rule: Rule = method._rule(chunk)
-            seeded = reference.one_hot(program, rule.values[program.output], chosen)
+            seeded = reference.one_hot(program, rule.values[program.output], targets)
             back = pull(rule, seeded, [view.value]).get(view.value)
-            back = seeded.new_zeros(b - a, seeds, *view.shape) if back is None else back
-            pieces.append(finish(rule, back, chosen))
+            back = seeded.new_zeros(b - a, seeds.count, *view.shape) if back is None else back
+            pieces.append(finish(rule, back, targets))
     return torch.cat(pieces)
 
 
@@ -63,7 +60,7 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
     attribute = make_attribute(stock.LayerDeepLift)
     attribute_all = make_attribute_all(stock.LayerDeepLift)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor | None:
         start = compat.format_baseline(options["baselines"], view.points.inputs)
         compat.validate_input(view.points.inputs, start)
         custom = options.get("custom_attribution_func")
@@ -75,7 +72,7 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
                 return apply_custom_function(custom, (multipliers,), (value,), (base,))[0]
             return multipliers * (value - base).unsqueeze(1) if self.multiplies_by_inputs else multipliers
 
-        return pull_to_layer(view, as_instance_of(DeepLift, self), index, seeds, {"baselines": start}, finish)
+        return pull_to_layer(view, as_instance_of(DeepLift, self), seeds, {"baselines": start}, finish)
 
 
 class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
@@ -102,19 +99,19 @@ class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
     attribute_all = make_attribute_all(stock.LayerDeepLiftShap)
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
-        points, index = view.points, seeds.rows(0, view.points.samples)
+        points = view.points
         start = check_references(options["baselines"], points.inputs)
         means, deltas = [], []
         layer = torch.empty((), dtype=points.inputs[0].dtype).expand(1, *view.shape)
         room = block_rows(gradient_bytes([layer], seeds.count), points.inputs[0].device)
         for a, b in spans(0, points.samples, max(1, room // len(start[0]))):
-            paired, base, chosen = pairs_of(points, start, index, a, b)
-            result = self.layer_maps(view.at(paired), chosen, seeds.count, options | {"baselines": base})
+            paired, base, chosen = pairs_of(points, start, seeds, a, b)
+            result = self.layer_maps(view.at(paired), chosen, options | {"baselines": base})
             if result is None:
                 return None
             means.append(result.view(b - a, len(start[0]), *result.shape[1:]).mean(1))
             if delta:
-                deltas.append(completeness(paired, (result,), base, Seeds(seeds.count, seeds.axes, chosen)))
+                deltas.append(completeness(paired, (result,), base, chosen))
         return (torch.cat(means),), torch.cat(deltas) if delta else None
 
 
@@ -148,14 +145,14 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
         with as_instance_of(LRP, self)._rules_put_back():
             return super()._once(target, options)
 
-    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+    def layer_maps(self, view: LayerView, seeds: Seeds, options: Options) -> Tensor | None:
         method = as_instance_of(LRP, self)
 
         def finish(rule: Any, relevance: Tensor, targets: Tensor) -> Tensor:
             score = pick_outputs(rule.values[view.program.output], targets)  # [n, S]
             return relevance * score.view(*score.shape, *(1,) * len(view.shape))
 
-        return pull_to_layer(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None
+        return pull_to_layer(view, method, seeds, options, finish) if method._knows(options["rules"]) else None
 
     def _delta(self, view: LayerView, parts: Tensors, seeds: Seeds, options: Options) -> Tensor:
         return as_instance_of(LRP, self)._row_delta(parts, view.points, seeds, options)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ...dispatch.targets import Seeds
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors
@@ -24,11 +22,11 @@ class _AtLayer(RandomPoint):
         super().__init__(view.points.fn, multiply_by_inputs)
         self.view = view
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options["baselines"])
         view, start = self.view.at(points), compat.tensorize_baseline(rows, baselines)
         values = view.forward(random_points(rows, baselines), points.more)
-        gradients = view.gradients(values, index, seeds)
+        gradients = view.gradients(values, seeds)
         if self.multiplies_by_inputs:
             change = view.forward(rows, points.more)[0] - view.forward(start, points.more)[0]
             gradients.mul_(change.unsqueeze(1))

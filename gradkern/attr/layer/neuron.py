@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dispatch import batching
 from ...dispatch.targets import Seeds
 from ...ir import graph
 from ...ir.program import Program
@@ -20,13 +21,13 @@ from ..call import as_instance_of
 from ..captum_compat import format_output, is_tuple, stock
 from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
-from ..points import Points, between, blocks, gradient_bytes, repeat_index, repeat_rows, weighted_sum
+from ..points import Points, between, blocks, gradient_bytes, repeat_rows, weighted_sum
 from ..references import References
 from ..rules.averaging import ContributionOptions
 from ..rules.deeplift import DeepLift, DeepLiftShap, check_references
 from ..rules.rule_methods import Deconvolution, GuidedBackprop
 from .layer_methods import LayerMethod, make_attribute, make_attribute_all
-from .split import LayerView, jacobians
+from .split import LayerView
 
 
 class NeuronPoints(Points):
@@ -51,13 +52,12 @@ class NeuronPoints(Points):
         self,
         points: Sequence[Tensor],
         more: Sequence[Tensor],
-        index: Tensor | None,
-        seeds: int,
+        seeds: Seeds,
         *,
         program: Program | None = None,
         ahead: int = 0,
     ) -> Tensors:
-        return super().gradients(points, more, index, seeds, program=program or self.head, ahead=ahead)
+        return super().gradients(points, more, seeds, program=program or self.head, ahead=ahead)
 
 
 class NeuronMethod(LayerMethod):
@@ -66,9 +66,9 @@ class NeuronMethod(LayerMethod):
     _takes_integers = False  # their gradient is computed
     method_on_inputs: type[RowMethod]
 
-    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
-        """Attributions ``[N, 1, *in]`` of the unit ``[1]``."""
-        return as_instance_of(self.method_on_inputs, self).row_maps(points, unit, 1, options)
+    def _neuron(self, points: NeuronPoints, unit: Seeds, options: Options) -> Tensors | None:
+        """Attributions ``[N, 1, *in]`` of the unit."""
+        return as_instance_of(self.method_on_inputs, self).row_maps(points, unit, options)
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         view = self._view(rows, options["additional_forward_args"], options, now=False)
@@ -79,12 +79,12 @@ class NeuronMethod(LayerMethod):
         return None if parts is None else format_output(is_tuple(options["inputs"]), tuple(p[:, 0] for p in parts))
 
 
-def unit_of(view: LayerView, selector: Any) -> tuple[NeuronPoints, Tensor] | None:
-    """The model up to the layer, and the unit's number ``[1]``; None if Captum takes the call."""
+def unit_of(view: LayerView, selector: Any) -> tuple[NeuronPoints, Seeds] | None:
+    """The model up to the layer, and its unit as a seed; None if Captum takes the call."""
     unit, points = unit_number(selector, view.shape), NeuronPoints(view)
     if unit is None or not points.head.steps or any(not points.head.consumers[w] for w in points.wrt):
         return None
-    return points, torch.tensor([unit])
+    return points, Seeds.of(torch.tensor([unit]))
 
 
 def unit_number(selector: Any, shape: tuple[int, ...]) -> int | None:
@@ -108,8 +108,8 @@ class NeuronGradient(NeuronMethod, stock.NeuronGradient):
 
     attribute = make_attribute(stock.NeuronGradient)
 
-    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors:
-        return points.gradients(points.inputs, points.more, unit, 1)
+    def _neuron(self, points: NeuronPoints, unit: Seeds, options: Options) -> Tensors:
+        return points.gradients(points.inputs, points.more, unit)
 
 
 class NeuronIntegratedGradients(NeuronMethod, stock.NeuronIntegratedGradients):
@@ -131,7 +131,7 @@ class NeuronDeepLift(NeuronMethod, stock.NeuronDeepLift):
     method_on_inputs = DeepLift
     attribute = make_attribute(stock.NeuronDeepLift)
 
-    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
+    def _neuron(self, points: NeuronPoints, unit: Seeds, options: Options) -> Tensors | None:
         compat.validate_input(points.inputs, compat.format_baseline(options["baselines"], points.inputs))
         return super()._neuron(points, unit, options)
 
@@ -144,13 +144,13 @@ class NeuronDeepLiftShap(NeuronMethod, stock.NeuronDeepLiftShap):
 
     attribute = make_attribute(stock.NeuronDeepLiftShap)
 
-    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
+    def _neuron(self, points: NeuronPoints, unit: Seeds, options: Options) -> Tensors | None:
         start = check_references(options["baselines"], options["inputs"])
         references, wanted = (
             References.of_all(points.inputs, start),
             ContributionOptions(custom=options["custom_attribution_func"]),
         )
-        return as_instance_of(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), references, wanted)[0]
+        return as_instance_of(DeepLiftShap, self)._mean(points, unit, references, wanted)[0]
 
 
 class NeuronGradientShap(NeuronMethod, stock.NeuronGradientShap):
@@ -161,10 +161,10 @@ class NeuronGradientShap(NeuronMethod, stock.NeuronGradientShap):
 
     attribute = make_attribute(stock.NeuronGradientShap)
 
-    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
+    def _neuron(self, points: NeuronPoints, unit: Seeds, options: Options) -> Tensors | None:
         start = check_tensors(compat.format_callable_baseline(options["baselines"], options["inputs"]))
         tunnel = NoiseTunnel(as_instance_of(RandomPoint, self))
-        run = AllOutputs(tunnel, points.inputs, points, Seeds(1, (1,), unit), {"baselines": start}, True, False)
+        run = AllOutputs(tunnel, points.inputs, points, unit, {"baselines": start}, True, False)
         average = run.average(options["n_samples"], None, options["stdevs"])
         return None if average is None else average.smoothed(tunnel, "smoothgrad", options["n_samples"])
 
@@ -204,21 +204,22 @@ class NeuronConductance(NeuronMethod, stock.NeuronConductance):
         unit = unit_of(view, options["neuron_selector"])
         return None if unit is None else (self._through(view, *unit, seeds, options), None)
 
-    def _through(self, view: LayerView, points: NeuronPoints, unit: Tensor, seeds: Seeds, options: Options) -> Tensors:
+    def _through(self, view: LayerView, points: NeuronPoints, unit: Seeds, seeds: Seeds, options: Options) -> Tensors:
         """``∂y_s/∂unit · ∂unit/∂x`` along the path, ``[N, S, *in]`` per input."""
         inputs, start = compat.format_input_baseline(points.inputs, options["baselines"])
         weights, alphas = path_steps(options["method"], options["n_steps"])
-        index, wrt = seeds.rows(0, points.samples), points.wrt
+        assert unit.indices is not None
+        column = int(unit.indices)
         totals = tuple(x.new_zeros(x.shape[0], seeds.count, *x.shape[1:]) for x in inputs)
         layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
         size, device = gradient_bytes([layer, *inputs], seeds.count), inputs[0].device
         for a, b, first, last in blocks(points.samples, len(alphas), size, device, options["internal_batch_size"]):
             steps = last - first
             at, more = between(inputs, start, a, b, alphas[first:last]), repeat_rows(points.more, a, b, steps)
-            outer = view.gradients(view.forward(at, more), repeat_index(index, a, b, steps), seeds.count)
-            outer = outer.flatten(2)[..., int(unit)]  # [K (b - a), S]
+            outer = view.gradients(view.forward(at, more), seeds.part(a, b).repeat(steps))
+            outer = outer.flatten(2)[..., column]  # [K (b - a), S]
+            inner = batching.jacobians(points.head, view.params, (*at, *more), unit, points.wrt, points.route.engine)
             with torch.inference_mode(False), torch.no_grad():
-                inner = jacobians(points.head, view.params, (*at, *more), unit, wrt, by_reference=view.by_reference)
                 for total, g in zip(totals, inner, strict=True):
                     flow = g * outer.view(*outer.shape, *(1,) * (g.dim() - 2))
                     total[a:b] += weighted_sum(flow, weights[first:last].float())

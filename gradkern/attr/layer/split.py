@@ -15,20 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch import batching
+from ...dispatch.targets import Seeds
 from ...ir import graph
-from ...ir.calls import Params
 from ...ir.program import Program
 from ...runtime import executor, reference
 from ...util import options, rounding
 from ...util.buffers import buffers_kept
-from ...util.chunks import forward_samples, spans, stepwise_bytes, stepwise_samples
+from ...util.chunks import forward_samples, spans, stepwise_bytes
 from ...util.memo import Memo, WeakMemo
+from ..old_signatures import takes_seeds
 from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
 SAMPLES = 3  # samples, plus as many noisy ones, on which the layer's value is compared with the Program's values
-#: Layer values by the verdict on a captured graph, then by the layer's path and whether its input is meant.
+#: Layer values by the verified Program, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
 
@@ -50,7 +51,7 @@ def layer_value(points: Points, program: Program, layer: nn.Module, path: str, t
 
     It is remembered as long as the graph, but only if these weights and samples left no other choice.
     """
-    remembered = _values.of(points.route.verdict)
+    remembered = _values.of(points.bound.verified)
     value = remembered.get((path, to_input))
     if value is not None:
         return value
@@ -77,7 +78,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         return None, False
     live, content = seen[-1]
     with torch.no_grad():
-        values = reference.forward(program, points.route.params(), rows)
+        values = reference.forward(program, points.bound.params(), rows)
         equal = [v for v, of in enumerate(values) if _equal(of, content)]
         value, unique = _best(program, path, to_input, equal)
     # The comparison of a new Program with autograd covers no gradient if all inputs are integers.
@@ -118,7 +119,7 @@ def _confirm(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, li
     if want is None or tail.program.output < 0:
         return want is None and tail.program.output < 0
     with torch.no_grad():
-        params, program = points.route.params(), tail.program
+        params, program = points.bound.params(), tail.program
         tail_values = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
         (got,) = reference.vjp(program, params, tail_values, g.unsqueeze(1), (0,))
     return _equal(got.squeeze(1), want)
@@ -160,10 +161,7 @@ class LayerView:
         self.points, self.program, self.value = points, program, value
         self.exclusive = exclusive  # whether all readers of the value read it from the layer
         self.tail = tail_of(program, value)
-        self.params = points.route.params()
-        self.by_reference = options.engine(points.engine) == "reference" or any(
-            batching.not_native(x) for x in (*points.inputs, *points.more)
-        )
+        self.params = points.bound.params()
 
     def at(self, points: Points) -> LayerView:
         """This layer at other samples."""
@@ -184,62 +182,37 @@ class LayerView:
     def _forward(self, rows: list[Tensor]) -> tuple[Tensor, ...]:
         wanted = [self.value, *self.tail.crossing]
         with torch.inference_mode(False), torch.no_grad():
-            if self.by_reference:
+            if self.points.plain_torch:
                 values = Values(self.program, self.params, dict(enumerate(rows)))
             else:
                 values = rule_values(self.program, self.params, rows, wanted)
             return tuple(values[v] for v in wanted)
 
-    def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:
+    @takes_seeds(1)
+    def at_inputs(self, seeds: Seeds) -> tuple[Tensor, Tensor]:
         """The layer's value ``[N, *layer]`` at the inputs themselves, and the gradients there, ``[N, S, *layer]``."""
         values = self.forward(self.points.inputs, self.points.more)
-        return values[0], self.gradients(values, index, seeds)
+        return values[0], self.gradients(values, seeds)
 
-    def zeros(self, seeds: int) -> Tensor:
+    def zeros(self, seed_count: int) -> Tensor:
         """An empty tensor for attributions, ``[N, S, *layer]``."""
         x = self.points.inputs[0]
-        return torch.zeros(x.shape[0], seeds, *self.shape, dtype=x.dtype, device=x.device)
+        return torch.zeros(x.shape[0], seed_count, *self.shape, dtype=x.dtype, device=x.device)
 
-    def gradients(self, values: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
+    @takes_seeds(2)
+    def gradients(self, values: Sequence[Tensor], seeds: Seeds) -> Tensor:
         """``[R, S, *layer]`` at the values that `forward` gives."""
         tail, at = self.tail.program, values[0]
-        index = torch.arange(tail.outputs) if index is None else index
-        with torch.inference_mode(False), torch.no_grad():
-            if not tail.steps:  # the layer is the output
-                return reference.one_hot(tail, at, index)
-            return jacobians(tail, self.params, values, index, (0,), by_reference=self.by_reference)[0]
-
-
-def jacobians(
-    program: Program,
-    params: Params,
-    inputs: Sequence[Tensor],
-    index: Tensor,
-    wrt: tuple[int, ...],
-    *,
-    by_reference: bool,
-) -> tuple[Tensor, ...]:
-    """One ``[R, S, *in]`` per input in ``wrt``, some rows at a time; by plain torch where ``by_reference``."""
-    like, count, seeds = executor.leading(inputs), inputs[0].shape[0], index.shape[-1]
-    out = tuple(inputs[w].new_empty(count, seeds, *inputs[w].shape[1:]) for w in wrt)
-    chunk = max(1, count)  # one kernel call needs no memory in addition to the result
-    plan = executor.plan_for(program, seeds, like.dtype, like.device, wrt=wrt)
-    if by_reference:
-        chunk = stepwise_samples(like.device, stepwise_bytes(program.shapes, seeds, like.element_size()))
-    elif not plan.single_chain:
-        chunk = stepwise_samples(like.device, plan.bytes_per_sample)
-    run = reference.jacobian if by_reference else executor.jacobian
-    for a, b in spans(0, count, chunk):
-        chosen = index[a:b] if index.dim() == 2 else index
-        rows = [x[a:b].contiguous() for x in inputs]
-        run(program, params, rows, chosen, wrt, out=[o[a:b] for o in out])
-    return out
+        if not tail.steps:  # the layer is the output
+            with torch.inference_mode(False), torch.no_grad():
+                return reference.one_hot(tail, at, seeds.targets(tail.outputs, at.device))
+        return batching.jacobians(tail, self.params, values, seeds, (0,), self.points.route.engine)[0]
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
     """The model seen from ``layer``; None if it has no Program (or none yet, without ``now``) or no such value."""
     name = options.engine(points.engine)
-    now = now or name in ("kernel", "reference") or points.route.work.capture_pays()
+    now = now or name in ("kernel", "reference") or points.route.entry.work.capture_pays()
     program = points.captured() if now else points.program()
     if program is None:
         return None

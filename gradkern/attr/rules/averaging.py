@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import batching, state
-from ...dispatch.request import jacobian_choice
+from ...dispatch import state
 from ...dispatch.route import one_call
-from ...dispatch.targets import Seeds
+from ...dispatch.targets import Seeds, jacobian_choice
 from ...ir.calls import Params
 from ...ir.program import Program
 from ...util.callables import name_of
 from ...util.chunks import row_blocks
-from ...util.options import BadArgument, engine
+from ...util.options import BadArgument
 from ...util.progress import with_progress
+from ...util.samples import targets_of
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, answer, one_by_one, pick_outputs, points_for
 from ..captum_targets import captum_seeds
@@ -99,7 +99,6 @@ class Averaging:
     def __post_init__(self) -> None:
         self.inputs = tuple(x.detach().contiguous() for x in self.points.base_request.inputs)
         self.own = len(self.points.inputs)  # the rest are other arguments of the model, equal at the reference
-        self.by_reference = engine(self.points.engine) == "reference" or any(map(batching.not_native, self.inputs))
         self._known: dict[str, tuple[Any, dict[int, Tensor]]] = {}
 
     def values(self, kind: str, place: Any, rows: Tensors) -> dict[int, Tensor]:
@@ -107,7 +106,7 @@ class Averaging:
         if kind not in self._known or self._known[kind][0] != place:
             self._known.pop(kind, None)
             stored, delta = dict(enumerate(rows)), self.wants_delta
-            if not self.by_reference:
+            if not self.points.plain_torch:
                 stored = rule_values(self.program, self.params, rows, values_needed(self.program, False, delta)).stored
             if delta:
                 # By torch: its sums round less than the kernels', which shows in the deltas of large outputs.
@@ -143,9 +142,7 @@ class Averaging:
     ) -> tuple[Tensors, Tensor | None, Rescale]:
         """The means ``[N, S, *in]``, the deltas of all pairs ``[N · R, S]`` if requested, and the last rule."""
         points, seeds, count = self.points, self.seeds, self.references.count
-        n, index, outputs = points.samples, seeds.rows(0, points.samples), self.program.outputs
-        targets = torch.arange(outputs) if index is None else index
-        targets = targets.to(self.inputs[0].device)
+        n, outputs, device = points.samples, self.program.outputs, self.inputs[0].device
         totals = tuple(x.new_zeros(n, seeds.count, *x.shape[1:]) for x in points.inputs)
         deltas = self.inputs[0].new_empty(n, count, seeds.count) if self.wants_delta else None
         rule: Rescale | None = None
@@ -154,11 +151,11 @@ class Averaging:
         for a, b, first, last in pairs:
             k = last - first
             rows, at, start, before = self.pairs(a, b, first, last)
-            chosen = targets if targets.dim() == 1 else targets[a:b].repeat_interleave(k, 0)
-            chunk = Chunk(self.program, self.params, rows, a, b, options, self.by_reference)
+            targets = seeds.part(a, b).repeat_interleave(k).targets(outputs, device)
+            chunk = Chunk(self.program, self.params, rows, a, b, options, points.plain_torch)
             rule = make(chunk, at, before)
-            multipliers = rule_multipliers(rule, rows, chosen, points.wrt, native=not self.by_reference)
-            check_once(points.fn, rule, multipliers, rows[: self.own], start[: self.own], chosen)
+            multipliers = rule_multipliers(rule, rows, targets, points.wrt, native=not points.plain_torch)
+            check_once(points.fn, rule, multipliers, rows[: self.own], start[: self.own], targets)
             parts = contributions(multipliers, rows[: self.own], start[: self.own])
             for total, part in zip(totals, parts, strict=True):
                 by_pair = part.view(b - a, k, *part.shape[1:])
@@ -168,7 +165,7 @@ class Averaging:
                 difference = at[self.program.output] - before[self.program.output]
                 if contributions is of_every_base:
                     parts = times_change(multipliers, rows[: self.own], start[: self.own])
-                missed = sum(sum_trailing_axes(p, 2) for p in parts) - pick_outputs(difference, chosen)
+                missed = sum(sum_trailing_axes(p, 2) for p in parts) - pick_outputs(difference, targets)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
         for total in totals:
             total /= count
@@ -272,7 +269,7 @@ class OverReferences(RuleMethod):
         contributions = by_user if wanted.custom is not None else contributions
         contributions = of_every_base if wanted.hypothetical else contributions
         with torch.inference_mode(False), torch.no_grad():
-            averaging = Averaging(points, seeds, references, program, points.route.params(), wanted.delta)
+            averaging = Averaging(points, seeds, references, program, points.bound.params(), wanted.delta)
             options: Options = {"baselines": points.inputs}
             maps, delta, rule = averaging.run(make, contributions, options)
         self._done(points, rule)
@@ -298,7 +295,7 @@ class OverReferences(RuleMethod):
         return mean, torch.stack(deltas, 1).flatten() if wanted.delta else None
 
 
-LARGE = 0.01  # a delta above this share of the sum of the attributions' sizes is large
+LARGE = 0.01  # a delta above this share of the sum of the attributions' sizes is large: more than rounding leaves
 CHECKED = 8  # the samples whose delta is always computed, to warn if it is large
 ROUNDING = 1e-4  # a smaller delta, as a share of the output, may be rounding
 
@@ -322,11 +319,11 @@ def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, star
     ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule, and constants, are warned about separately.
     """
     said = bool(rule.unruled or rule.detached)
-    if said or len(multipliers) < len(rows) or not state.first(fn, "completeness"):
+    if said or len(multipliers) < len(rows) or not state.is_new(fn, "completeness"):
         return
     few, at = slice(0, CHECKED), rule.program.output
-    chosen = targets[few] if targets.dim() == 2 else targets
-    y, y_ref = (pick_outputs(v[at][few].expand_as(rule.values[at][few]), chosen) for v in (rule.values, rule.reference))
+    chosen, values = targets_of(targets, few), (rule.values[at][few], rule.reference[at][few])
+    y, y_ref = (pick_outputs(v.expand_as(values[0]), chosen) for v in values)
     parts = times_change(*(tuple(z[few] for z in zs) for zs in (multipliers, rows, start)))
     missed = sum(sum_trailing_axes(p, 2) for p in parts) - (y - y_ref)
     rounding = max(ROUNDING, 16 * torch.finfo(y.dtype).eps)

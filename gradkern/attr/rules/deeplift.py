@@ -154,11 +154,11 @@ class DeepLift(OverReferences, stock.DeepLift):
         options = {"baselines": start, "custom_attribution_func": custom_attribution_func}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors | None:
         start = compat.format_baseline(options.get("baselines"), points.inputs)
         custom = options.get("custom_attribution_func")
         options = options | {"baselines": start} | ({} if custom is None else {"multiply": False})
-        parts = super().row_maps(points, index, seeds, options)
+        parts = super().row_maps(points, seeds, options)
         return parts if custom is None or parts is None else apply_custom_function(custom, parts, points.inputs, start)
 
     def _rule(self, chunk: Chunk) -> Rescale:
@@ -175,7 +175,7 @@ class DeepLift(OverReferences, stock.DeepLift):
             given = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
             before = Values(chunk.program, chunk.params, given)
         inputs, own = len(chunk.options["baselines"]), ruled_steps(chunk.program, model_of(self.forward_func))
-        native = not chunk.by_reference
+        native = not chunk.plain_torch
         return Rescale(chunk.program, chunk.params, values, before, self.eps, native, inputs, own)
 
     def _done(self, points: Points, rule: Rule) -> None:
@@ -290,16 +290,13 @@ def check_references(baselines: Any, inputs: Any) -> Tensors:
     return start
 
 
-def pairs_of(
-    points: Points, start: Tensors, index: Tensor | None, a: int, b: int
-) -> tuple[Points, Tensors, Tensor | None]:
+def pairs_of(points: Points, start: Tensors, seeds: Seeds, a: int, b: int) -> tuple[Points, Tensors, Seeds]:
     """The samples ``a:b`` with every reference: the points, their references, and their seeds."""
     count = start[0].shape[0]
     pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in points.inputs)
     more = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
     base = tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)
-    chosen = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
-    return points.at(pairs, more), base, chosen
+    return points.at(pairs, more), base, seeds.part(a, b).repeat_interleave(count)
 
 
 class DeepLiftShap(stock.DeepLiftShap, DeepLift):

@@ -64,10 +64,8 @@ def multipliers(
 def one_hot(y: Tensor, seeds: Seeds) -> Tensor:
     """Cotangents ``[N, S, *out]`` for outputs ``[N, *out]``."""
     n, width = y.shape[0], math.prod(y.shape[1:])
-    index = seeds.rows(0, n)
-    index = torch.arange(width) if index is None else index
-    index = index.to(y.device).expand(n, seeds.count)
-    return y.new_zeros(n, seeds.count, width).scatter_(2, index.unsqueeze(2), 1.0).view(n, seeds.count, *y.shape[1:])
+    targets = seeds.targets(width, y.device).expand(n, seeds.count)
+    return y.new_zeros(n, seeds.count, width).scatter_(2, targets.unsqueeze(2), 1.0).view(n, seeds.count, *y.shape[1:])
 
 
 class _NumbersAsTheyAre(TorchFunctionMode):

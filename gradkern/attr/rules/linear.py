@@ -17,11 +17,11 @@ from torch import Tensor
 from ...codegen.support import unsupported_reason
 from ...ir.calls import Params
 from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
+from ...passes.forward_mode import MOST_TAPS
 from ...runtime import executor, reference
 from ...util.memo import Memo
 from .rule import Rule, StepMap, Values, at_place, is_linear, pad_for_windows, pull, tap_slices
 
-MOST_TAPS = 16  # in a pool's window; each becomes one step
 Ref = tuple[str, int, int]  # ("output" | "input", step, which input), or ("tap", step, place)
 
 

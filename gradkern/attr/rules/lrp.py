@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch import state
+from ...dispatch.targets import Seeds
 from ...ir.calls import Params
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
@@ -269,13 +270,13 @@ class LRP(RuleMethod, stock.LRP):
             )
         return not lacking
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors | None:
         if "rules" not in options:
             with self._rules() as rules:
-                return self.row_maps(points, index, seeds, options | {"rules": rules})
+                return self.row_maps(points, seeds, options | {"rules": rules})
         if not self._knows(options["rules"]):
             return None
-        return super().row_maps(points, index, seeds, options)
+        return super().row_maps(points, seeds, options)
 
     def _same_here(self, path: str, rule: compat.PropagationRule | None) -> bool:
         """Whether a rule on this module has the same meaning here as in Captum."""
@@ -294,8 +295,8 @@ class LRP(RuleMethod, stock.LRP):
         score = pick_outputs(rule.values[chunk.program.output], targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 
-    def _row_delta(self, parts: Tensors, points: Points, seeds: Any, options: Options) -> Tensor:
+    def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
         with torch.no_grad():
-            score = pick_outputs(rows_out(points), seeds.rows(0, points.samples))
+            score = pick_outputs(rows_out(points), seeds.indices)
         sums = [compat.sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]
         return score - sum(sums[1:], sums[0])

@@ -20,7 +20,7 @@ _functions: dict[str, UserRule] = {}
 
 
 def register_rule(of: type[nn.Module] | Callable[..., Any] | str, rule: UserRule | None) -> None:
-    """Give DeepLift a rule of your own for a module type or a function, in this process; None takes it away.
+    """Register a DeepLift rule for a module type or a function, in this process; None removes it.
 
     ``of``: a subclass of `torch.nn.Module` (its subclasses are meant too), or a torch function, such as
     ``torch.nn.functional.gelu``, or its ATen name, such as ``"gelu"``.  ``rule(x, x_ref, y, y_ref)`` gets its input and

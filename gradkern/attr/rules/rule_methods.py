@@ -9,12 +9,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ...dispatch import batching
+from ...dispatch.targets import Seeds
 from ...ir.calls import Params
 from ...ir.program import Program, Scale
 from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
-from ...util.options import BadArgument, Engine, engine
+from ...util.options import BadArgument, Engine
 from ...util.outputs import Output
 from ...util.renamed import keyword_only
 from .. import captum_compat as compat
@@ -38,10 +38,13 @@ class Chunk:
     a: int
     b: int
     options: Options
-    by_reference: bool  # run plain torch: for the reference engine, or dtypes that kernels do not take
+    plain_torch: bool  # no kernel runs (`Points.plain_torch`)
 
     def values(self, rows: Sequence[Tensor], outputs_too: bool = False) -> Values:
-        return values_of(self.program, self.params, rows, self.by_reference, outputs_too)
+        """The values of the forward pass that a rule uses."""
+        if self.plain_torch:
+            return Values(self.program, self.params, dict(enumerate(rows)))
+        return rule_values(self.program, self.params, rows, values_needed(self.program, outputs_too))
 
 
 class ProgramMethod(RowMethod):
@@ -59,7 +62,7 @@ class ProgramMethod(RowMethod):
             if program is None or not program.steps:
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
-            parts = self.row_maps(points, seeds.rows(0, points.samples), seeds.count, options)
+            parts = self.row_maps(points, seeds, options)
         except BadArgument:
             return None
         if parts is None:
@@ -85,48 +88,39 @@ class RuleMethod(ProgramMethod):
     def _done(self, points: Points, rule: Rule) -> None:
         """Called after a call, for example to warn about steps without a rule."""
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors | None:
         program = points.captured()
         if program is None or not self._supports(program):
             return None
         points.route.check_reached(points.base_request)
         inputs = tuple(x.detach().contiguous() for x in points.base_request.inputs)
         device, n = inputs[0].device, inputs[0].shape[0]
-        targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
-        by_reference = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
-        results, rule = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in points.inputs), None
+        results, rule = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in points.inputs), None
         with torch.inference_mode(False), torch.no_grad():
-            params = points.route.params()
-            for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
-                chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, by_reference)
-                chosen = targets[a:b] if targets.dim() == 2 else targets
+            params = points.bound.params()
+            for a, b in spans(0, n, samples_at_a_time(program, seeds.count, inputs[0].dtype, device)):
+                chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, points.plain_torch)
+                targets = seeds.part(a, b).targets(program.outputs, device)
                 rule = self._rule(chunk)
-                multipliers = rule_multipliers(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
-                for result, m in zip(results, self._attributions(chunk, rule, multipliers, chosen), strict=True):
+                multipliers = rule_multipliers(rule, chunk.rows, targets, points.wrt, native=not points.plain_torch)
+                for result, m in zip(results, self._attributions(chunk, rule, multipliers, targets), strict=True):
                     result[a:b] = m
         if rule is not None:
             self._done(points, rule)
         return results
 
 
-def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device, *, least: int = 1) -> int:
+def samples_at_a_time(
+    program: Program, seed_count: int, dtype: torch.dtype, device: torch.device, *, least: int = 1
+) -> int:
     """The number of samples for which values and slopes (also at the reference) and cotangents fit in memory.
 
     The peak is about twice the estimate.  Kernels read the values and slopes again, and write no cotangents.
     ``least``: at least that many even if they do not fit in a CPU's caches, because smaller calls cost more.
     """
     shapes, size = 4 * program.shapes, dtype.itemsize
-    peak, cached = 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size)
+    peak, cached = 2 * stepwise_bytes(shapes, seed_count, size), stepwise_bytes(shapes, 0, size)
     return samples_per_chunk(device, peak, cached, least=least)
-
-
-def values_of(
-    program: Program, params: Params, rows: Sequence[Tensor], by_reference: bool, outputs_too: bool = False
-) -> Values:
-    """The values of the forward pass that a rule uses."""
-    if by_reference:
-        return Values(program, params, dict(enumerate(rows)))
-    return rule_values(program, params, rows, values_needed(program, outputs_too))
 
 
 class _Rectifying(ProgramMethod):
@@ -161,11 +155,11 @@ class _Rectifying(ProgramMethod):
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})
 
-    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, seeds: Seeds, options: Options) -> Tensors | None:
         program = points.captured()
         if program is None:
             return None
-        return points.gradients(points.inputs, points.more, index, seeds, program=with_relu(program, self._relu))
+        return points.gradients(points.inputs, points.more, seeds, program=with_relu(program, self._relu))
 
 
 class GuidedBackprop(_Rectifying, stock.GuidedBackprop):

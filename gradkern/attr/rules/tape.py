@@ -32,7 +32,7 @@ Map = Callable[..., Any]  # changes of the arguments that change -> the change o
 
 
 class NoRule(Exception):
-    """An operation has no rule that completes; the message is its name."""
+    """An operation has no complete rule; the message is its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,7 +326,7 @@ def derivative_of(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) ->
 
 
 def run_decomposition(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    """The operations that torch makes of one, if it makes any."""
+    """The operations that torch decomposes one into, if any."""
     name = str(op)
     if name in tape._inside or len(tape._inside) > 8:
         raise NoRule(tape._inside[0] if tape._inside else name)

@@ -10,9 +10,9 @@ to an H200's times, record by record (benchmarks/results/gpu-h200-records.json).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -28,8 +28,6 @@ BARRIER = 1500  # clocks from one record to the next (measured: 1200 to 2500)
 LOADED, STORED = 2.8, 0.65  # clocks for each number of an input, and of a result
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
-#: Fields that no price depends on: the places of weights, bits and tables, and fields that are set after the price.
-UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
 #: Records whose price is only the step from one record to the next: they touch each number once, or a few times.
 BARRIERS = frozenset({
     records.Stencil, records.Elementwise, records.Add, records.Move, records.Multiply,
@@ -125,15 +123,10 @@ class Work:
         return (max(work, columns * op.O * self.itemsize / L2_PACE) + spread) / self.block
 
     def matmul(self, op: records.MatMul, copies: int) -> float:
-        """A product of two matrices of values: 4 × 4 or 1 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
-
-        def clocks(height: int) -> float:
-            tiles = self.resident * copies * op.matrices * math.ceil(op.rows / height) * math.ceil(op.columns / 4)
-            rounds = math.ceil(tiles / (self.warps * WARP)) * self.warps
-            instructions = 100 + 16 * height + op.terms * 4 * (height + 1)
-            return rounds * loop(instructions, op.terms * (height + 2) + 8 * height)
-
-        return min(clocks(4), clocks(1)) / self.resident
+        """A product of two matrices of values: 4 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
+        tiles = self.resident * copies * op.matrices * math.ceil(op.rows / 4) * math.ceil(op.columns / 4)
+        rounds = math.ceil(tiles / (self.warps * WARP)) * self.warps
+        return rounds * loop(164 + 28 * op.terms, 32 + 8 * op.terms) / self.resident
 
     def transposed(self, op: records.ScatterT) -> tuple[float, int, records.Bands]:
         """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
@@ -141,23 +134,29 @@ class Work:
             op.algorithm, elements=op.window_elements, channels=op.O, taps=op.pattern.taps if op.pattern else 1,
             merged=op.merged, pattern=op.pattern is not None,
         )  # fmt: skip
-        return min(
-            (op.H * op.W * way.clocks / self.share(op, bands, way.visits, way.lanes), way.lanes, bands)
-            for way in scatter_ways(shape, self.tile, self.itemsize)
-            for bands in self.band_options[op.weights]
-        )
+        found = []
+        for way in scatter_ways(shape, self.tile, self.itemsize):
+            workers = self.warps * (WARP // way.lanes)
+            for bands in self.band_options[op.weights]:
+                share = busy_bands(op.H, op.W, bands, self.resident * way.visits, workers)
+                found.append((op.H * op.W * way.clocks / share, way.lanes, bands))
+        return min(found)
 
-    def share(self, op: records.ScatterT, bands: records.Bands, visits: int, lanes: int) -> float:
-        """The share of workers that have positions to visit, over the turns of all colours."""
-        workers = self.warps * (WARP // lanes)
 
-        def parts(extent: int, length: int, colours: int) -> list[int]:
-            """Bands of each colour along an axis."""
-            return [(math.ceil(extent / length) + colours - 1 - colour) // colours for colour in range(colours)]
+@lru_cache(1 << 14)
+def busy_bands(high: int, wide: int, bands: records.Bands, copies: int, workers: int) -> float:
+    """The share of workers that have positions to visit, over the turns of all colours.
 
-        axes = parts(op.H, bands.rows, bands.row_colours), parts(op.W, bands.columns, bands.column_colours)
-        busiest = (math.ceil(self.resident * visits * high * wide / workers) for high, wide in product(*axes))
-        return self.resident * visits * op.H * op.W / (workers * sum(busiest) * bands.rows * bands.columns)
+    There are ``high`` × ``wide`` positions in each of ``copies``, one for each sample and visit.
+    """
+
+    def parts(extent: int, length: int, colours: int) -> list[int]:
+        """Bands of each colour along an axis."""
+        return [(math.ceil(extent / length) + colours - 1 - colour) // colours for colour in range(colours)]
+
+    axes = parts(high, bands.rows, bands.row_colours), parts(wide, bands.columns, bands.column_colours)
+    busiest = sum(math.ceil(copies * down * across / workers) for down, across in product(*axes))
+    return copies * high * wide / (workers * busiest * bands.rows * bands.columns)
 
 
 @dataclass
@@ -166,21 +165,15 @@ class RunPrice:
 
     whole_block: bool  # whether it is a single record that takes the whole block
     work: Work
-    record_prices: dict[tuple, float]  # by what they depend on, as slices repeat theirs
-    ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)
+    ops: list[tuple[records.Record, bool, int]] = field(default_factory=list)
     steps: dict[int, float] = field(default_factory=dict)  # prices of a step, by its number of samples
 
     def add(self, op: records.Record, forward: bool, times: int) -> None:
-        self.ops.append((op, (type(op), *priced_numbers(op)), forward, times))
+        self.ops.append((op, forward, times))
 
     def price(self, resident: int, block: int) -> float:
-        work, total = replace(self.work, resident=resident, block=block), 0.0
-        for op, what, forward, times in self.ops:
-            key = (what, forward, work.tile, resident, block)
-            if key not in self.record_prices:
-                self.record_prices[key] = work.clocks(op, forward)
-            total += times * self.record_prices[key]
-        return total
+        work = replace(self.work, resident=resident, block=block)
+        return sum(times * work.clocks(op, forward) for op, forward, times in self.ops)
 
     def step(self, samples: int) -> float:
         """The price per sample if ``samples`` of them pass together."""
@@ -206,23 +199,6 @@ def in_steps(price: Callable[[int], float], block: int, resident: int) -> float:
     """
     full, left = divmod(block, resident)
     return (full * resident * price(resident) + (left * price(left) if left else 0.0)) / block
-
-
-def priced_numbers(part: records.Record | records.RecordPart) -> Iterator[int]:
-    """The numbers of a record that its price may depend on."""
-    cls: type = type(part)
-    for name in priced_fields(cls):
-        value = getattr(part, name)
-        if isinstance(value, records.RecordPart):
-            if not isinstance(value, records.Place):
-                yield from priced_numbers(value)
-        elif isinstance(value, int):
-            yield value
-
-
-@cache
-def priced_fields(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls) if f.name not in UNPRICED_FIELDS and not f.name.endswith("_table"))
 
 
 def worker_lanes(elements: int) -> int:
@@ -256,6 +232,7 @@ class ScatterWay(NamedTuple):
     lanes: int  # lanes of a worker
 
 
+@lru_cache
 def scatter_ways(shape: ScatterShape, seeds: int, itemsize: int) -> list[ScatterWay]:
     """The sizes of workers that a transposed convolution can have."""
     elements, channels, pattern = shape.elements, shape.channels, shape.pattern

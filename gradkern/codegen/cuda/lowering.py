@@ -14,16 +14,15 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from .. import limits
 from ..buffers import Buffers
-from ..chain import Chain, EncodedRecord, LaidOut
+from ..chain import EncodedRecord, LaidOut
 from ..emitters import Emitter
 from ..encoding import CudaSizes, encode
-from ..lowering import Backend, lower_to_chain
+from ..lowering import CPU, Backend, lower_to_chain
 from ..machine import Device, Machine, TooLarge
 from ..records import Record, ScatterT
 from ..spec import ChainSpec
@@ -107,10 +106,10 @@ def place_buffers(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrange
     )
 
 
-#: `gradkern.codegen.lowering.lower_to_chain` for a GPU.  Raises `TooLarge`.
-lower_device = partial(lower_to_chain, backend=Backend(emitter, lay_out))
+GPU = Backend(emitter, lay_out)
+lower_device = partial(lower_to_chain, backend=GPU)  # raises `TooLarge`
 
 
-def lower_for(machine: Machine) -> Callable[..., Chain]:
-    """`lower_to_chain` or `lower_device`, by the machine."""
-    return lower_device if isinstance(machine, Device) else lower_to_chain
+def backend_for(machine: Machine) -> Backend:
+    """How records are made and laid out for a machine."""
+    return GPU if isinstance(machine, Device) else CPU

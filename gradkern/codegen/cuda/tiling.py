@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..layouts import Layouts
 from ..machine import Device
@@ -44,7 +44,6 @@ class Tiler:
     seeds: int
     bit_bytes: int  # bytes of bits per sample
     band_options: clock_model.BandOptions
-    prices: dict[tuple, float] = field(default_factory=dict)  # of records, at their first use
 
     def seed_tiles(self) -> list[int]:
         """The numbers of seeds that even tiles can have, the largest first."""
@@ -98,7 +97,7 @@ class Tiler:
         prices: list[clock_model.RunPrice] = []
         for op, run, forward in passes.numbered():
             if run == len(prices):
-                prices.append(clock_model.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
+                prices.append(clock_model.RunPrice(op.whole_block, self.work(0, 0, tile)))
             prices[run].add(op, forward, 1 if forward else self.rounds(tile))
         return prices
 

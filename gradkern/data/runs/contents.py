@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...dispatch.request import jacobian_choice
+from ...dispatch.targets import jacobian_choice
 from ...runtime import ops
 from ...util import options
 from ...util.options import BadValue

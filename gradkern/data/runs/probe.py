@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ... import api
 from ...dispatch import ways
-from ...dispatch.request import Request, jacobian_choice
-from ...dispatch.route import decide, timing, whole_batch_reason
-from ...dispatch.targets import Seeds
+from ...dispatch.autograd_call import whole_batch_reason
+from ...dispatch.request import Request
+from ...dispatch.route import decide
+from ...dispatch.solve import timing
+from ...dispatch.targets import Seeds, jacobian_choice
 from ...ir.program import Program
 from ...planner.timing import Way
 from ...runtime import executor, ops

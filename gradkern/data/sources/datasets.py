@@ -186,7 +186,7 @@ class TorchDataset(Source):
 
 
 def _started(loader: DataLoader) -> Iterator[Any]:
-    """The loader's iterator, whose workers are forked from a thread of their own.
+    """The loader's iterator, whose workers are forked from a separate thread.
 
     A worker that is forked from a thread of a ThreadPoolExecutor fails at its end, because it waits for that thread,
     which in the worker is itself; torch then reports that it exited unexpectedly.

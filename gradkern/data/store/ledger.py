@@ -34,7 +34,7 @@ TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (n
 
 
 class RecordLost(Damaged, FileNotFoundError):
-    """A record that is not there; another process may have joined it to its neighbour since it was listed."""
+    """A missing record; another process may have merged it with its neighbour since it was listed."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ class Ledger:
         return {chunk for node in self.nodes() for chunk in self.span(node)}
 
     def span(self, node: TreeNode) -> range:
-        """The chunks that a record stands for."""
+        """The chunks that a record covers."""
         level, number = node
         return range(number << level, min((number + 1) << level, self.chunks))
 
     def span_of(self, file: str) -> range:
-        """The chunks that the record in a file of that name stands for; none for other files."""
+        """The chunks that the record in a file of that name covers; none for other files."""
         node = node_of(file)
         return range(0) if node is None else self.span(node)
 

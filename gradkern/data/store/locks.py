@@ -142,7 +142,7 @@ def _name_holder(path: Path, chunks: range) -> None:
 
 
 def _holders(root: Path, chunks: range) -> list[tuple[Path, dict[str, object]]]:
-    """The holders of chunks in this range, by their own account."""
+    """The holders of chunks in this range, as they recorded themselves."""
     held = []
     for path in sorted((root / HOLDERS).glob("*-*.json")):
         try:

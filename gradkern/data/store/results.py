@@ -34,7 +34,7 @@ from torch import Tensor
 from zarr.abc.store import Store
 
 from ...util.options import BadValue
-from ...util.renamed import note, renamed_argument
+from ...util.renamed import renamed_argument, warn_of_old_name
 from ...util.untrusted import check_links, local_path
 from .. import statistics
 from ..sources.padding import mask_of
@@ -147,7 +147,7 @@ class Results:
     @property
     def done(self) -> int:
         """The old name of `finished_chunks`."""
-        note("Results.done", "Results.finished_chunks", 3)
+        warn_of_old_name("Results.done", "Results.finished_chunks", 3)
         return self.finished_chunks
 
     @property

@@ -27,23 +27,23 @@ def simplify(b: ProgramBuilder, call: Call) -> Call:
 
 
 def last_state(b: ProgramBuilder, call: Call) -> Value | None:
-    """``h_n[k]`` of the last layer of a recurrent net: the output after the last step (backward: after the first)."""
+    """``h_n[k]`` of the last layer of a recurrent layer: the output after the last step (backward: after the first)."""
     if call.op != "aten.select.int" or not isinstance(call.args[0], Call):
         return None
     inner, dim, index = call.args[:3]
     if inner.op not in GATES or inner.index != 1 or dim != 0:
         return None
-    net = replace(inner, index=0)
-    r = recognize(net)
+    layer = replace(inner, index=0)
+    r = recognize(layer)
     if r is None:
         return None
     states = len(r.weights)
     d = index % states - (states - r.directions)
     if d < 0:
         return None
-    x = net.args[0]
+    x = layer.args[0]
     hidden, steps = b.param_shape(r.weights[0][1])[1], b.shape(x)[0]
-    y = b.emit(Opaque(net, "a recurrent net goes step by step"), (x,), (steps, r.directions * hidden))
+    y = b.emit(Opaque(layer, "a recurrent layer goes step by step"), (x,), (steps, r.directions * hidden))
     y = emit_index(b, y, along(b.shape(y), 0, [0 if d else steps - 1]))
     y = emit_index(b, y, along(b.shape(y), 1, range(d * hidden, (d + 1) * hidden)))
     return as_shape(b, y, (hidden,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradkern.codegen.grouping import GraphBuilder
+from gradkern.codegen.unit_graph import GraphBuilder
 from gradkern.codegen.units import POINT, Pattern, Unit, UnitGraph
 from gradkern.ir.program import Index, LowRank, Part, Program, Select, Step, Sum, View, Windows
 from tests.support.programs import GUIDED, RELU, TANH, conv, linear, norm, pool, program, transpose
