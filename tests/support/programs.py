@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradkern.codegen.grouping import GraphBuilder
+from gradkern.codegen.unit_graph import GraphBuilder
 from gradkern.codegen.units import UnitGraph
 from gradkern.ir.indexing import identity
 from gradkern.ir.program import (
