@@ -1,7 +1,6 @@
-"""Tests under ``gpu/`` are collected where there is a GPU (``make gpu`` runs them).
+"""Fixtures of all tests; tests/README.md says what they replace, and how a test gets the real thing.
 
-Every run draws other random numbers, each test its own whatever ran before it; a run that fails says how to repeat
-them.  ``.ci/run`` has one seed a day.
+Tests under ``gpu/`` are collected where there is a GPU (``make gpu`` runs them).
 """
 
 import os
@@ -22,13 +21,13 @@ from tests.support import exports
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 
-EXPORTING = {"frontend", "dispatch", "gpu", "test_threads.py"}
 torch.set_num_threads(1)  # before the fixtures of modules, too
 SEED = int(os.environ.get("GRADKERN_SEED") or random.SystemRandom().randrange(1 << 31))
 
 
 @pytest.fixture(autouse=True)
 def fresh_numbers(request: pytest.FixtureRequest) -> None:
+    """Every run draws other random numbers, and each test its own, whatever ran before it."""
     seed = SEED ^ zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(seed)
     np.random.seed(seed)
@@ -42,14 +41,15 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """A run that fails says how to repeat its random numbers."""
     if exitstatus == pytest.ExitCode.TESTS_FAILED:
         terminalreporter.write_line(f"GRADKERN_SEED={SEED} repeats this run's random numbers")
 
 
 @pytest.fixture(autouse=True)
-def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Except where capturing a network, or noticing that it has changed, is what is tested."""
-    if not EXPORTING & set(request.path.relative_to(request.config.rootpath).parts):
+def remembered_exports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each architecture is exported once per process, unless a test is marked ``real_export``."""
+    if not request.node.get_closest_marker("real_export"):
         monkeypatch.setattr(to_program, "export", exports.remembered)
 
 
@@ -63,18 +63,22 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_kernel_differs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Plain torch takes the place of kernels that differ, which would hide their faults from the tests."""
-    if request.node.get_closest_marker("kernels_differ"):
-        yield
-        return
-    refusals, refusal = [], confirmation._refusal
-    monkeypatch.setattr(confirmation, "_refusal", lambda *args: refusals.append(refusal(*args)) or refusals[-1])
+    """A test fails if a kernel's first results are not torch's own, unless it is marked ``kernels_differ``.
+
+    In a user's call plain torch takes the place of such kernels, which would hide their faults from the tests.
+    """
+    refusals, refusal = [], confirmation.refusal
+    monkeypatch.setattr(confirmation, "refusal", lambda *args: refusals.append(refusal(*args)) or refusals[-1])
     yield
-    assert not refusals
+    assert not refusals or request.node.get_closest_marker("kernels_differ")
 
 
 @pytest.fixture(autouse=True)
-def kernels_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is timed, so no test depends on what is faster on this machine: kernels run where there are any."""
-    always = Timing(1, {"kernels": 1e-3, "loop": 2e-3})
-    monkeypatch.setattr(ways, "measure", lambda *args: always)
+def kernels_win(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed, so that no test depends on what is faster on this machine: kernels run where there are any.
+
+    A test that is marked ``measured_ways`` measures them.
+    """
+    if not request.node.get_closest_marker("measured_ways"):
+        always = Timing(1, {"kernels": 1e-3, "loop": 2e-3})
+        monkeypatch.setattr(ways, "measure", lambda *args: always)

@@ -39,7 +39,7 @@ class DetachedMixing(nn.Module):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SOME)
-def test_agrees_with_the_oracle(name, engine):
+def test_jacobian_equals_the_oracle(name, engine):
     model, inputs = net(name)
     y, want = oracle.jacobian(model, inputs)
     got = gradkern.jacobian(model, inputs, engine=engine)
@@ -108,7 +108,7 @@ def test_dtypes(dtype, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_sample_and_none(engine):
+def test_jacobian_of_one_sample_and_of_an_empty_batch(engine):
     model, (x,) = net()
     full = gradkern.jacobian(model, x, engine=engine)
     torch.testing.assert_close(gradkern.jacobian(model, x[:1], engine=engine), full[:1])
@@ -180,7 +180,7 @@ def test_random_draws_of_a_custom_module_are_found():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_leaves_everything_as_it_was(engine):
+def test_jacobian_leaves_model_inputs_and_random_state_unchanged(engine):
     model, (x,) = net("bn_after_conv")
     model.requires_grad_(True)
     for p in model.parameters():

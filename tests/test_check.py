@@ -11,7 +11,7 @@ from gradkern import api
 from tests.cases import net
 
 
-def test_check():
+def test_check_of_a_right_jacobian_reports_small_errors():
     model, (x,) = net(dtype=torch.float32)
     result = gradkern.check(model, x)
     assert result.outputs == ("0", "1", "2")
@@ -26,7 +26,7 @@ def test_check():
     assert gradkern.check(deep, z).worst < 1e-5
 
 
-def test_check_sees_an_error(monkeypatch):
+def test_check_of_a_wrong_jacobian_reports_the_error(monkeypatch):
     model, (x,) = net(dtype=torch.float32)
     real = api.jacobian
     wrong = torch.tensor([1.0, 1.01, 1.0])[:, None, None]

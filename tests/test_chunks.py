@@ -40,13 +40,13 @@ def test_the_callers_budget_holds_on_every_device(device):
         assert stepwise_samples(device, MIB) == 4  # three times the estimate is planned for
 
 
-def test_steps_one_by_one():
+def test_memory_of_a_program_that_runs_step_by_step():
     assert stepwise_bytes([(2, 3), (10,)], 5, 4) == 4 * (6 + 10 + 3 * 5 * 10)
     assert stepwise_samples(CPU, MIB // 2) == 48
     assert stepwise_samples(CPU, 48 * MIB) == 3
 
 
-def test_pieces_are_even():
+def test_pieces_of_a_batch_differ_by_at_most_one_sample():
     assert list(spans(0, 10, 4)) == [(0, 3), (3, 6), (6, 10)]
     assert list(spans(5, 10, 4)) == [(5, 7), (7, 10)]
     assert list(spans(3, 3, 4)) == []

@@ -39,7 +39,7 @@ def gradients(chain: Chain, x: Tensor, cotangents: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_agrees_with_torch(name: str) -> None:
+def test_single_layer_calls_equal_torch(name: str) -> None:
     chain = Chain(*CHAINS[name])
     x, cotangents = random(3, *chain.input_shape), random(3, 4, *chain.output_shape)
     y, got = chain(x, cotangents)
@@ -53,7 +53,7 @@ def test_agrees_with_torch(name: str) -> None:
     torch.testing.assert_close(out.double(), gradients(chain, x, eye), rtol=1e-5, atol=1e-5)
 
 
-def test_float64_and_counts() -> None:
+def test_single_layer_calls_in_float64_and_their_counts() -> None:
     chain = Chain(*CHAINS["several"], dtype=torch.float64)
     x, cotangents = random(3, 3, 8, 8).double(), random(3, 2, 5).double()
     torch.testing.assert_close(chain(x, cotangents)[1], gradients(chain, x, cotangents), rtol=1e-10, atol=1e-10)

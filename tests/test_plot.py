@@ -96,7 +96,7 @@ def test_letters_are_as_tall_as_their_attributions() -> None:
         (lambda: plot.matrix(np.zeros(5)), r"\[C, \*features\]"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message: str) -> None:
+def test_plot_of_a_shape_it_cannot_draw_is_refused(call, message: str) -> None:
     with pytest.raises(BadValue, match=message):
         call()
 

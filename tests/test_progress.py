@@ -36,7 +36,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     [(Terminal, None, True), (io.StringIO, None, False), (io.StringIO, True, True), (Terminal, False, False)],
 )
 @pytest.mark.parametrize("engine", ["autograd", "kernel"])
-def test_jacobian(net, engine, stream, choice, drawn, monkeypatch) -> None:
+def test_jacobian_draws_a_bar_on_a_terminal_or_where_asked(net, engine, stream, choice, drawn, monkeypatch) -> None:
     x = torch.randn(5000, 6)
     want = gradkern.jacobian(net, x, engine=engine)
     monkeypatch.setattr(sys, "stderr", stream())
@@ -49,7 +49,7 @@ def test_jacobian(net, engine, stream, choice, drawn, monkeypatch) -> None:
         assert torch.equal(got, want)
 
 
-def test_attribute_all(net, monkeypatch) -> None:
+def test_attribute_all_draws_one_bar(net, monkeypatch) -> None:
     method, x = gradkern.attr.IntegratedGradients(net), torch.randn(40, 6)
     want = method.attribute_all(x)
     monkeypatch.setattr(sys, "stderr", io.StringIO())

@@ -70,7 +70,7 @@ def save_both(ctx, inputs, output):
     ctx.save_for_backward(x)
 
 
-class Net(nn.Module):
+class CallsNewOps(nn.Module):
     def __init__(self, ops):
         super().__init__()
         self.ops, self.first, self.last = ops, nn.Conv1d(2, 8, 3), nn.Linear(4 * 6, 3)
@@ -80,9 +80,9 @@ class Net(nn.Module):
         return self.last(self.ops.up_scaled(self.ops.up(x), 1.5).flatten(1))
 
 
-def test_all_python_of_the_page(made_up):
+def test_layer_of_the_recipes_page_runs_as_the_page_says(made_up):
     torch.manual_seed(0)
-    model, x = Net(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
+    model, x = CallsNewOps(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     capturing.verify(program, model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
@@ -92,7 +92,7 @@ def test_all_python_of_the_page(made_up):
     assert "the function softsign_squared has no kernel yet" in str(found)
 
 
-def test_third_place_is_the_functor(tmp_path):
+def test_functor_of_the_recipes_page_computes_what_its_python_does(tmp_path):
     """The page's functor, put where the page says, compiles and computes what the page's Python does."""
     header = (ROOT / "csrc" / "elementwise.h").read_text()
     named = re.search(LIST, header, re.S)[0].rstrip()
@@ -112,13 +112,13 @@ def test_third_place_is_the_functor(tmp_path):
     torch.testing.assert_close(d, slope(x))
 
 
-def test_the_excerpt_of_an_instruction_set_is_one():
+def test_recipe_for_an_instruction_set_quotes_the_source():
     (excerpt,) = (block for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.S | re.M) if not language)
     file = (ROOT / "csrc" / "cpu" / "isa_avx.cpp").read_text().splitlines()
     for line in excerpt.splitlines():
         assert any(line.partition("  //")[0] == known.partition("  //")[0] for known in file), line
 
 
-def test_names_stand_in_the_same_order():
+def test_functions_have_one_order_in_python_and_in_the_kernels():
     found = re.search(LIST, (ROOT / "csrc" / "elementwise.h").read_text(), re.S)[0]
     assert re.findall(r"X\((\w{2,})\)", found) == list(support.NATIVE_FUNCTIONS)

@@ -62,7 +62,7 @@ def test_a_warm_call_enters_each_package_once() -> None:
     assert len({module for module, _ in path}) <= MOST_MODULES, told
 
 
-def test_the_walk_is_the_one_on_the_page() -> None:
+def test_functions_of_a_warm_call_are_those_on_the_architecture_page() -> None:
     (listed,) = re.findall(r"```\n(api\.py .*?)```", PAGE.read_text(), re.S)
     calls = iter(walked())
     for line in listed.splitlines():

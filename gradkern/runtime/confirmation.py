@@ -6,6 +6,7 @@ few samples and seeds of a plan's first call run step by step as well, in float6
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,7 +88,7 @@ def confirm(
     if error is None:
         return
     if error > 1.0:
-        raise _refusal(call_plan, weights.like.device, error)
+        raise refusal(call_plan, weights.like.device, error)
     call_plan.confirmed = True  # only now: other threads may use the same plan, and compare results of their own
 
 
@@ -95,7 +96,7 @@ def comparison_size(call_plan: CallPlan) -> ComparisonSize:
     return _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
 
 
-def _refusal(call_plan: CallPlan, device: torch.device, error: float) -> Exception:
+def refusal(call_plan: CallPlan, device: torch.device, error: float) -> Exception:
     program = call_plan.program
     what = f"the median error of a sample is {error:.3g} times what rounding may cause"
     if not isinstance(call_plan.plan.machine, Device):
@@ -119,27 +120,29 @@ def _error(
     size: ComparisonSize, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded,
     gradients: bool,
 ) -> float | None:  # fmt: skip
-    """The median over some samples of the largest error of their results, in units of the tolerance; None if it is not
-    finite.  ``gradients``: the results are an output and its gradients."""
+    """The median over some samples of the largest error of their results, in units of the tolerance; None if none of
+    their results are finite.  ``gradients``: the results are an output and its gradients."""
     rows = spread_rows(len(inputs[0]), size.samples).to(inputs[0].device)
     few = [x[rows] for x in inputs]
     want = folded(few, torch.float64, None)
     slack = [0.0, *[_cancelled(few, want[0], dtype) if gradients else 0.0] * (len(want) - 1)]
 
-    def errors(results: Sequence[Tensor]) -> Tensor:  # [n]
-        each = zip(results, want, slack, strict=True)
-        return torch.stack([rounding.sample_errors(r, w, small) for r, w, small in each]).amax(0)
+    def errors(results: Sequence[Tensor]) -> Tensor:  # [n]; NaN for a sample whose results are all not finite
+        each = [rounding.sample_errors(r, w, small) for r, w, small in zip(results, want, slack, strict=True)]
+        return functools.reduce(torch.fmax, each)
 
     chosen = list(zip([g[rows] for g in got], want, strict=True))
     mine = errors([g if g.shape == w.shape else few_seeds(g, w.shape[1]) for g, w in chosen])
-    mine = mine[torch.isfinite(mine)]
-    if not len(mine):
+    if mine.isinf().any():  # a number of float64 may be too large for the kernels' dtype, and for torch's own kernels
+        mine = mine.masked_fill(errors(folded(few, dtype, None)).isinf(), torch.nan)
+    told = ~mine.isnan()
+    if not told.any():
         return None
-    tolerance = rounding.for_program(dtype)
-    if mine.median() > tolerance:  # where terms cancel, torch's own results are as wrong
-        theirs = [float(errors(folded(few, dtype, draw)).nan_to_num(0.0).median()) for draw in range(DRAWS)]
+    error, tolerance = mine[told].median(), rounding.for_program(dtype)
+    if error > tolerance:  # where terms cancel, torch's own results are as wrong
+        theirs = [float(errors(folded(few, dtype, draw))[told].nan_to_num(0.0, 0.0).median()) for draw in range(DRAWS)]
         tolerance = max(tolerance, SLACK * max(theirs))
-    return float(mine.median()) / tolerance
+    return float(error) / tolerance
 
 
 def _cancelled(inputs: Sequence[Tensor], y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,13 +56,18 @@ def of_terms(dtype: torch.dtype, tolerance: float) -> float:
 
 
 def sample_errors(got: Tensor, want: Tensor, slack: Tensor | float = 0.0) -> Tensor:
-    """Per sample, the 2-norm of the error relative to that of ``want``, ``[N]``; not finite where a number is not.
+    """Per sample, the 2-norm of the error of its finite numbers relative to that of ``want``, ``[N]``.
 
-    The error of a sample without gradient is relative to the others' gradients.  ``slack [N]``: an error up to this is
-    no difference, however small ``want`` is."""
+    It is infinite if a number is finite in only one of the two, and NaN if no number is finite, for then there is
+    nothing to compare.  The error of a sample without gradient is relative to the others' gradients.  ``slack [N]``:
+    an error up to this is no difference, however small ``want`` is."""
     a, b = (t.double().reshape(t.shape[0], -1) for t in (got, want))  # [N, *]
-    size = torch.maximum(b.norm(dim=1), 1e-6 * b.nan_to_num(0.0, 0.0, 0.0).norm())
-    return ((a - b).norm(dim=1) - slack).clamp(min=0.0) / (size + 1e-30)
+    finite = b.isfinite()
+    differs, nothing = (a.isfinite() != finite).any(1), ~finite.any(1) & bool(b.shape[1])  # [N]
+    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
+    size = torch.maximum(b.norm(dim=1), 1e-6 * b.norm())
+    error = ((a - b).norm(dim=1) - slack).clamp(min=0.0) / (size + 1e-30)
+    return error.masked_fill(nothing, torch.nan).masked_fill(differs, torch.inf)
 
 
 def close_samples(got: Tensor, want: Tensor, tolerance: float, slack: Tensor | None = None) -> bool:

@@ -26,7 +26,7 @@ ALL = [name for name in NAMES if hasattr(getattr(ours, name), "attribute_all")]
 def net() -> nn.Module:
     """One model for the file, so that it is captured once."""
     torch.manual_seed(0)
-    return build().eval()
+    return small_network().eval()
 
 
 class Small(nn.Module):
@@ -40,7 +40,7 @@ class Small(nn.Module):
         return self.out(self.act(self.norm(self.conv(x))).flatten(1))
 
 
-def build() -> nn.Module:
+def small_network() -> nn.Module:
     return Small().double()
 
 
@@ -167,7 +167,7 @@ def test_results_carry_no_graph(name: str, engine: str, grad: bool, net: nn.Modu
 @pytest.mark.parametrize("name", NAMES)
 def test_buffers_of_a_model_in_training_mode_stay(name: str, engine: str) -> None:
     torch.manual_seed(0)
-    model = build().train()
+    model = small_network().train()
     before = copy.deepcopy(model.state_dict())
     calls: list[Callable[[Any], Any]] = [lambda m: m.attribute(samples(), **target_of(name, 1), **options_of(name))]
     if name in ALL:
@@ -181,7 +181,7 @@ def test_buffers_of_a_model_in_training_mode_stay(name: str, engine: str) -> Non
 
 
 def test_buffers_stay_with_gradients_that_are_not_ours() -> None:
-    model = build().train()
+    model = small_network().train()
     before = copy.deepcopy(model.state_dict())
     saliency = ours.Saliency(model)
     saliency.gradient_func = stock.Saliency(model).gradient_func

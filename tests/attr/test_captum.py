@@ -101,7 +101,7 @@ def test_bad_targets_raise_what_captum_raises(engine, target):
     assert str(got.value) == str(want.value)
 
 
-def test_outputs_with_several_axes(engine):
+def test_saliency_of_outputs_with_several_axes_is_captums(engine):
     model, (x,) = net("softmax_axis")
     for target in ((1, 2), (-1, 0), [(0, 1), (1, 1), (2, 0), (3, 3), (-1, -1)]):
         same(Saliency(model).attribute(x, target=target), captum_attr.Saliency(model).attribute(x, target=target))
@@ -110,7 +110,7 @@ def test_outputs_with_several_axes(engine):
             Saliency(model).attribute(x, target=target)
 
 
-def test_one_number_per_sample(engine):
+def test_saliency_of_one_number_per_sample_is_captums(engine):
     model, (x,) = net("scalar_output")
     same(Saliency(model).attribute(x), captum_attr.Saliency(model).attribute(x))
 
@@ -170,7 +170,7 @@ def test_integrated_gradients_in_internal_batches(engine):
     same(gradkern.accelerate(captum_attr.IntegratedGradients(model)).attribute(x, **options), want)
 
 
-def test_noise_tunnel(engine):
+def test_noise_tunnel_is_captums_with_the_same_draws(engine):
     model, (x,) = net()
     results = []
     for saliency in (captum_attr.Saliency(model), Saliency(model)):
@@ -208,7 +208,7 @@ def test_layer_methods(engine):
     same(fast.attribute_all(x, n_steps=4)[:, 1], want)
 
 
-def test_classes_that_nobody_knows_keep_their_gradient():
+def test_subclass_of_a_captum_method_keeps_its_gradient_function():
     class Mine(captum_attr.LayerGradientXActivation):
         pass
 
@@ -221,7 +221,7 @@ def test_classes_that_nobody_knows_keep_their_gradient():
 
 
 @pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
-def test_functions_stay_with_captum(engine):
+def test_plain_functions_are_attributed_by_captum(engine):
     model, (x,) = net()
     want = captum_attr.Saliency(model).attribute(x, target=1)
     same(Saliency(lambda t: model(t)).attribute(x, target=1), want)
@@ -242,7 +242,7 @@ def test_training_mode_is_captums_except_for_the_buffers(engine):
     same(twin.state_dict(), before)  # Captum's call has changed the running statistics
 
 
-def test_nothing_is_left_behind(engine):
+def test_attribution_leaves_the_inputs_grad_as_it_was(engine):
     before = captum_gradient.compute_gradients
     model, (x,) = net()
     x.grad = None
@@ -308,7 +308,7 @@ def test_engine_of_one_attribution():
     same(again.attribute(x, target=0), saliency.attribute(x, target=0))
 
 
-def test_the_engine_is_really_used(monkeypatch):
+def test_captum_methods_use_the_engine_that_is_chosen(monkeypatch):
     from gradkern.attr import plug
 
     monkeypatch.setattr(plug, "compute_gradients", None)  # a call to it would fail
@@ -319,7 +319,7 @@ def test_the_engine_is_really_used(monkeypatch):
             gradkern.accelerate(captum_attr.IntegratedGradients(model)).attribute(x, target=0, n_steps=3)
 
 
-def test_attribute_all(engine, tmp_path):
+def test_saliency_attribute_all_is_attribute_of_every_target(engine, tmp_path):
     model, (x,) = net()
     want = torch.stack([captum_attr.Saliency(model).attribute(x, target=c) for c in range(3)], dim=1)
     signed = torch.stack([captum_attr.Saliency(model).attribute(x, target=c, abs=False) for c in range(3)], dim=1)

@@ -79,7 +79,7 @@ def test_a_captum_that_lacks_a_name(place: str, name: str, monkeypatch: pytest.M
     assert captum_compat.TRIED[-1] in str(e.value)
 
 
-class Net(nn.Module):
+class SmallCnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.act, self.pool = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AvgPool2d(2)
@@ -110,7 +110,7 @@ def options_of(name: str, x: torch.Tensor) -> dict[str, object]:
 def attributed(name: str, x: torch.Tensor, accelerate: bool = False) -> torch.Tensor:
     """What the class of that name in `captum.attr` gives now."""
     torch.manual_seed(0)
-    model = Net().double().eval()
+    model = SmallCnn().double().eval()
     kind = getattr(captum.attr, name)
     if name == "NoiseTunnel":
         method = kind(captum.attr.IntegratedGradients(model))

@@ -12,17 +12,14 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr.rules import tape
+from gradkern.attr.rules import eager, tape
+from gradkern.dispatch.targets import Seeds
 from gradkern.util.options import BadType, BadValue, GradkernWarning
 from tests.support.deeplift_operations import OPERATIONS, UNRULED, Mixed, by_tape, ends, incomplete
+from tests.support.rule_networks import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXACT = 1e-10
-
-
-def build(make, *args):
-    torch.manual_seed(0)
-    return make(*args).double().eval()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -35,6 +32,26 @@ def test_an_operation_completes(name):
 def test_an_operation_without_a_rule_is_named(name):
     with pytest.raises(tape.NoRule, match=f"aten.{name}"):
         by_tape(UNRULED[name], *ends(1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_neither_stops_nor_blinds_the_comparison_of_samples(bad):
+    """The fallback compares a sample in its batch with the same sample alone, relative to the largest finite output."""
+
+    class Mixing(nn.Module):
+        def __init__(self, share):
+            super().__init__()
+            self.fc, self.share = nn.Linear(3, 2), share
+
+        def forward(self, x):
+            y = self.fc(x)
+            return y + self.share * y.nan_to_num(0.0, 0.0).mean(0)
+
+    (x, r), every = torch.randn(2, 3, 3, dtype=torch.float64), lambda n, out: Seeds(out[0], out, None)
+    x[1] = bad
+    eager.multipliers(build(Mixing, 0.0), (x,), (r,), (), every, EXACT)
+    with pytest.raises(tape.NoRule, match="samples depend on each other"):
+        eager.multipliers(build(Mixing, 0.5), (x,), (r,), (), every, EXACT)
 
 
 class Everything(nn.Module):

@@ -115,7 +115,7 @@ def test_tuples_and_additional_arguments(name, small_blocks):
 
 @pytest.mark.parametrize("inner", ["Saliency", "InputXGradient", "IntegratedGradients", "DeepLift"])
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
-def test_noise_tunnel(inner, kind, small_blocks):
+def test_noise_tunnel_of_all_outputs(inner, kind, small_blocks):
     model, (x,) = net("elu", 70)
     options = {"nt_type": kind, "nt_samples": 3, "nt_samples_batch_size": 2, "stdevs": 0.3}
     if inner == "IntegratedGradients":
@@ -185,7 +185,7 @@ class Weighted(nn.Module):
         )
 
 
-def test_targets_of_all_kinds():
+def test_gradient_methods_take_targets_of_all_kinds():
     model, (x,) = net()
     ig = ours.IntegratedGradients(model)
     whole = ig.attribute_all(x, n_steps=3)
@@ -201,7 +201,7 @@ def test_targets_of_all_kinds():
         ig.attribute_all(x, targets=7)
 
 
-def test_outputs_with_several_axes():
+def test_gradient_methods_of_outputs_with_several_axes():
     model, (x,) = net("softmax_axis")
     found = ours.IntegratedGradients(model).attribute_all(x, n_steps=3)
     assert found.shape == (N, 4, 4, *x.shape[1:])

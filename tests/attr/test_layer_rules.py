@@ -9,37 +9,24 @@ import pytest
 import torch
 from captum import attr as stock
 from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, GammaRule
-from torch import Tensor, nn
+from torch import Tensor
 
 import gradkern
 from gradkern import attr as ours
 from gradkern.attr import points
 from gradkern.attr.layer.layer_methods import LayerMethod
 from gradkern.util import chunks
+from tests.support.rule_networks import UsedOnce
 
 N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 ENGINES = ("kernel", "reference", "autograd")
 
 
-class Net(nn.Module):
-    """Modules that are used once, two inputs and no ReLU before a max pool: Captum is right on it, for every method."""
-
-    def __init__(self, classes: int = 3) -> None:
-        super().__init__()
-        self.conv1, self.act1, self.pool = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2)
-        self.conv2, self.act2 = nn.Conv2d(4, 5, 2), nn.Tanh()
-        self.fc1, self.act3, self.fc2 = nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act2(self.conv2(self.pool(self.act1(self.conv1(x)))))
-        return self.fc2(self.act3(self.fc1(x.flatten(1))))
-
-
 @pytest.fixture(scope="module")
-def net() -> Net:
+def net() -> UsedOnce:
     torch.manual_seed(0)
-    return Net().double().eval()
+    return UsedOnce(5).double().eval()
 
 
 def samples(n: int, seed: int) -> Tensor:
@@ -82,7 +69,9 @@ def engine_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "fc1"])
 @pytest.mark.parametrize("name", LAYERED)
-def test_layers(name: str, layer: str, to_input: bool, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_deep_lift_and_lrp_equal_stock_captum(
+    name: str, layer: str, to_input: bool, net: UsedOnce, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = LAYERED[name] | {"attribute_to_layer_input": to_input}
     module = net.get_submodule(layer)
     want = [drawn(lambda: getattr(stock, name)(net, module).attribute(X, target=c, **options)) for c in range(3)]  # noqa: B023
@@ -100,7 +89,9 @@ def test_layers(name: str, layer: str, to_input: bool, net: Net, monkeypatch: py
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize(("layer", "unit"), [("conv2", (2, 0, 0)), ("fc1", -1)])
 @pytest.mark.parametrize("name", NEURON)
-def test_units(name: str, layer: str, unit: Any, to_input: bool, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neuron_deep_lift_equals_stock_captum(
+    name: str, layer: str, unit: Any, to_input: bool, net: UsedOnce, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = NEURON[name] | {"attribute_to_neuron_input": to_input, "neuron_selector": unit}
     module = net.get_submodule(layer)
     want = drawn(lambda: getattr(stock, name)(net, module).attribute(X, **options))
@@ -117,7 +108,7 @@ def test_units(name: str, layer: str, unit: Any, to_input: bool, net: Net, monke
         same(got, want)
 
 
-def test_conductance_of_a_unit_for_all_outputs(net: Net) -> None:
+def test_conductance_of_a_unit_for_all_outputs(net: UsedOnce) -> None:
     options: dict[str, Any] = {"n_steps": 5, "baselines": BASE[:1]}
     for engine in ENGINES:
         mine = ours.NeuronConductance(net, net.conv2, engine=engine)
@@ -128,7 +119,7 @@ def test_conductance_of_a_unit_for_all_outputs(net: Net) -> None:
         same(pair, every[:, [2, 0]])
 
 
-def test_conductance_adds_up_over_units_and_steps(net: Net) -> None:
+def test_conductance_adds_up_over_units_and_steps(net: UsedOnce) -> None:
     """Over all units, and with many steps, conductance is what integrated gradients give (arXiv:1805.12233)."""
     mine = ours.NeuronConductance(net, net.fc1, engine="kernel")
     total = sum(mine.attribute(X, unit, target=1, method="gausslegendre") for unit in range(6))
@@ -136,7 +127,9 @@ def test_conductance_adds_up_over_units_and_steps(net: Net) -> None:
 
 
 @pytest.mark.parametrize("name", ["LayerDeepLiftShap", "LayerGradientShap", "NeuronConductance", "NeuronDeepLiftShap"])
-def test_small_blocks(name: str, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_rules_in_small_blocks_change_no_result(
+    name: str, net: UsedOnce, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = LAYERED.get(name) or NEURON[name] | {"neuron_selector": (2, 0, 0)}
     options = {k: v for k, v in options.items() if k != "target"}
     target = {} if name == "NeuronDeepLiftShap" else {"target": 1}
@@ -150,7 +143,7 @@ def test_small_blocks(name: str, net: Net, monkeypatch: pytest.MonkeyPatch) -> N
     same(found(), want)
 
 
-def test_targets_of_all_kinds(net: Net) -> None:
+def test_layer_rules_take_targets_of_all_kinds(net: UsedOnce) -> None:
     own = torch.tensor([[0, 1], [2, 2], [1, 0], [0, 2]])
     for name, options in LAYERED.items():
         options = {k: v for k, v in options.items() if k != "return_convergence_delta"}
@@ -161,7 +154,7 @@ def test_targets_of_all_kinds(net: Net) -> None:
         same(one, whole[torch.arange(N), own[:, 1]])
 
 
-def test_rules_of_lrp(net: Net) -> None:
+def test_rules_of_lrp(net: UsedOnce) -> None:
     """Rules set on modules count, and serve one call, as in Captum."""
     results = []
     for package in (stock, ours):
@@ -177,7 +170,7 @@ def test_rules_of_lrp(net: Net) -> None:
     del net.conv2.rule, net.fc1.rule
 
 
-def test_custom_attributions(net: Net) -> None:
+def test_layer_rules_with_a_custom_attribution_function(net: UsedOnce) -> None:
     def custom(multipliers: Any, inputs: Any, baselines: Any) -> Any:
         return tuple(m.abs() * (x + b) for m, x, b in zip(multipliers, inputs, baselines, strict=True))
 
@@ -193,7 +186,7 @@ def test_custom_attributions(net: Net) -> None:
         same(got, want)
 
 
-def test_accelerated_objects(net: Net) -> None:
+def test_accelerated_objects(net: UsedOnce) -> None:
     for name in (*LAYERED, *NEURON):
         options = dict(LAYERED.get(name) or NEURON[name])
         options |= {"neuron_selector": (2, 0, 0)} if name in NEURON else {"target": 2}

@@ -60,7 +60,7 @@ def stacked(results):
 
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize(("case", "layer"), LAYERS)
-def test_stock_captum(case, layer, to_input):
+def test_layer_methods_equal_stock_captum(case, layer, to_input):
     model, x = net(case)
     module = model.get_submodule(layer)
     classes = gradkern.jacobian(model, x)
@@ -82,7 +82,7 @@ def test_stock_captum(case, layer, to_input):
             same(mine.attribute_all(x, attribute_to_layer_input=to_input, **options), want)
 
 
-def test_the_engine_is_really_used(monkeypatch):
+def test_layer_methods_use_the_engine_that_is_chosen(monkeypatch):
     model, x = net("residual")
     monkeypatch.setattr(layers.LayerMethod, "_spent", None)  # called after stock Captum has run
     for name, options in METHODS.items():

@@ -24,14 +24,14 @@ LAYERS = {
 }
 
 
-def build(name):
+def network_of(name):
     torch.manual_seed(0)
     return nn.Sequential(*(kind(*args) for kind, *args in LAYERS[name])).double().eval()
 
 
 def outcome(package, name, place, rule, every=False):
     """What a call gives: its attributions, or the type and the text of its error."""
-    model, x = build(name), torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model, x = network_of(name), torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     if rule is not None:
         model[place].rule = rule()
     try:

@@ -193,7 +193,7 @@ def test_gradient_shap_draws_from_the_samples_own(net: nn.Module) -> None:
     torch.testing.assert_close((letters * x[:, None]).sum((2, 3)), every.sum((2, 3)).gather(1, top))
 
 
-def test_refusals(net: nn.Module) -> None:
+def test_references_of_a_wrong_shape_are_refused(net: nn.Module) -> None:
     x = sequences()
     method = DeepLiftShap(net)
     for bad in (shuffle(x, R)[:2], shuffle(x, R)[..., 1:], shuffle(x, R)[:, :0]):

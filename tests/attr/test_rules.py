@@ -57,7 +57,7 @@ def images(seed=1, n=N):
     return torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64)
 
 
-def every(cls, model, x, **options):
+def stock_of_each_class(cls, model, x, **options):
     """Stock Captum, once per class."""
     found = [cls(model).attribute(x, target=c, **options) for c in range(3)]
     if isinstance(found[0], tuple):
@@ -80,7 +80,7 @@ def test_stock_captum_where_it_is_right(name, norm, engine):
         for target in (1, -1, torch.tensor([0, 2, 1, 1]), [2, 1, 0, 0], torch.tensor(2)):
             same(getattr(ours, name)(model).attribute(x, target=target, **options),
                  theirs(model).attribute(x, target=target, **options))  # fmt: skip
-        same(getattr(ours, name)(model).attribute_all(x, **options), every(theirs, model, x, **options))
+        same(getattr(ours, name)(model).attribute_all(x, **options), stock_of_each_class(theirs, model, x, **options))
     assert not any(m._backward_hooks or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -95,7 +95,7 @@ def test_deep_lift_reads_baselines_as_captum(baseline):
     )
 
 
-def test_custom_attribution_functions():
+def test_deep_lift_with_a_custom_attribution_function():
     model, x = build(PooledNet), images()
 
     def twice(multipliers, inputs, baselines):
@@ -115,7 +115,7 @@ def test_custom_attribution_functions():
 
 @pytest.mark.parametrize("engine", ["kernel", "reference"])
 @pytest.mark.parametrize("name", DEEP)
-def test_deep_lift_by_its_definition(name, engine):
+def test_deep_lift_equals_its_definition(name, engine):
     make, shape = DEEP[name]
     model = build(make)
     generator = torch.Generator().manual_seed(2)
@@ -262,7 +262,7 @@ def test_functional_in_place_and_reused_activations(name):
     model = build(Functional)
     twin = build(Modular, model)
     x = images()
-    same(getattr(ours, name)(model).attribute_all(x), every(getattr(stock, name), twin, x))
+    same(getattr(ours, name)(model).attribute_all(x), stock_of_each_class(getattr(stock, name), twin, x))
 
 
 @pytest.mark.parametrize("name", ["lenet5", "residual", "maxpool1d_overlap_pad", "two_inputs", "resnet1d_opaque"])

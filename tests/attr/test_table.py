@@ -13,24 +13,12 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
+from tests.support import oracle
+from tests.support.rule_networks import UsedOnce
 
 N = 4
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-
-class Net(nn.Module):
-    """Modules that are used once, and no ReLU directly before a max pool: Captum is right on it, for every method."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.act1, self.pool = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2)
-        self.conv2, self.act2 = nn.Conv2d(4, 5, 2), nn.Tanh()
-        self.fc1, self.act3, self.fc2 = nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = self.act2(self.conv2(self.pool(self.act1(self.conv1(x)))))
-        return self.fc2(self.act3(self.fc1(x.flatten(1))))
 
 
 class PerStep(nn.Module):
@@ -38,7 +26,7 @@ class PerStep(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = Net()
+        self.net = UsedOnce(20)
         self.head = nn.Linear(3, 6)
 
     def forward(self, x):
@@ -90,10 +78,10 @@ def drawn(call):
     return call()
 
 
-def largest(name, dtype):
+def largest_error(name, dtype):
     """The largest difference over all targets, relative to the largest attribution."""
-    worst = 0.0
-    for make, targets in ((Net, TARGETS), (PerStep, TUPLES)):
+    errors = []
+    for make, targets in ((lambda: UsedOnce(20), TARGETS), (PerStep, TUPLES)):
         torch.manual_seed(0)
         model = make().to(dtype).eval()
         x = torch.randn(N, 1, 8, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -104,13 +92,12 @@ def largest(name, dtype):
             want = drawn(lambda: explainer(stock, name, model).attribute(x, target=target, **options))  # noqa: B023
             with gradkern.use("kernel"):
                 got = drawn(lambda: explainer(ours, name, model).attribute(x, target=target, **options))  # noqa: B023
-            scale = max(float(want.abs().max()), 1e-30)
-            worst = max(worst, float((got - want).abs().max()) / scale)
+            errors.append(oracle.relative_error(got, want))
             if isinstance(target, int):
-                worst = max(worst, float((every[:, target] - want).abs().max()) / scale)
+                errors.append(oracle.relative_error(every[:, target], want))
             elif isinstance(target, tuple):
-                worst = max(worst, float((every[:, target[0], target[1]] - want).abs().max()) / scale)
-    return worst
+                errors.append(oracle.relative_error(every[:, target[0], target[1]], want))
+    return max(errors)
 
 
 METHODS = [kind.__name__ for kind in ours.REPLACEMENTS if not kind.__name__.startswith("Neuron")]
@@ -119,4 +106,11 @@ METHODS = [kind.__name__ for kind in ours.REPLACEMENTS if not kind.__name__.star
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_difference_to_stock_captum(name, dtype):
-    assert largest(name, dtype) <= LIMITS[dtype]
+    assert largest_error(name, dtype) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("call", ["attribute", "attribute_all"])
+def test_attributions_that_are_nan_differ_from_captums(call, monkeypatch):
+    right = getattr(ours.Saliency, call)
+    monkeypatch.setattr(ours.Saliency, call, lambda *args, **options: right(*args, **options) * torch.nan)
+    assert largest_error("Saliency", torch.float64) == torch.inf

@@ -86,7 +86,7 @@ def test_outputs_are_flattened_and_kinds_are_told_apart() -> None:
 
 
 @pytest.mark.slow
-def test_quick(tmp_path: Path) -> None:
+def test_quick_run_of_the_zoo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.zoo", "--quick", "--threads", "1", "--seconds", "0.1"]
     command += [
         "--out",

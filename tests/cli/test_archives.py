@@ -158,7 +158,9 @@ PICKLES = [
 
 
 @pytest.mark.parametrize("make", PICKLES)
-def test_nothing_is_unpickled(make: Callable[[Records, Path], Records], archive: Records, tmp_path: Path) -> None:
+def test_loading_an_archive_unpickles_nothing(
+    make: Callable[[Records, Path], Records], archive: Records, tmp_path: Path
+) -> None:
     canary = tmp_path / "canary"
     with pytest.raises(BadValue, match="might run code while it is loaded"):
         load_exported(written(make(archive, canary), tmp_path / "net.pt2"))

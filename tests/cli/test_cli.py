@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "verify", "info")
 
 
-def build() -> nn.Module:
+def small() -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(
         nn.Conv1d(1, 4, 5, padding="same"), nn.ReLU(), nn.MaxPool1d(2), nn.Dropout(0.3), nn.Flatten(),
@@ -39,7 +39,7 @@ def files(tmp_path_factory) -> Path:
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("cli")
-    model, x = build().eval(), torch.randn(30, 1, 20, generator=torch.Generator().manual_seed(0))
+    model, x = small().eval(), torch.randn(30, 1, 20, generator=torch.Generator().manual_seed(0))
     free = ({0: torch.export.Dim("N")},)
     torch.export.save(torch.export.export(model, (x[:2],), dynamic_shapes=free), folder / "net.pt2")
     torch.export.save(torch.export.export(model, (x[:2],)), folder / "fixed.pt2")
@@ -66,7 +66,7 @@ def test_from_an_exported_network_to_a_report(files, tmp_path):
     x = torch.from_numpy(np.load(files / "x.npy"))
     results = Results.open(store)
     assert results.about["pinned"]["engine"] == "kernel", "an exported network runs on the kernels"
-    expected = gradkern.jacobian(build().eval(), x, engine="kernel")
+    expected = gradkern.jacobian(small().eval(), x, engine="kernel")
     torch.testing.assert_close(results.maps(0, 30), expected)
     said = call("info", store).stdout
     assert "4 of 4 chunks" in said
@@ -83,9 +83,9 @@ def test_from_an_exported_network_to_a_report(files, tmp_path):
 def test_factories_weights_and_pickles(files, tmp_path):
     pairs = [("net.pt2", None), (None, "net.safetensors"), (None, "state.pt")]
     x = torch.from_numpy(np.load(files / "x.npy"))
-    expected = build().eval()(x)
+    expected = small().eval()(x)
     for path, weights in pairs:
-        spec = str(files / path) if path else "tests.cli.test_cli:build"
+        spec = str(files / path) if path else "tests.cli.test_cli:small"
         model = load_model(spec, str(files / weights) if weights else None)
         assert not any(m.training for m in model.modules())
         torch.testing.assert_close(model(x), expected)
@@ -125,7 +125,7 @@ def test_errors_in_one_line(files, tmp_path, words, code, said):
 
 def test_another_model_has_its_own_exit_code(files, tmp_path):
     call("run", files / "net.pt2", files / "x.npy", tmp_path / "a.zarr")
-    done = call("run", "tests.cli.test_cli:build", files / "x.npy", tmp_path / "a.zarr", "--method", "jacobian", code=3)
+    done = call("run", "tests.cli.test_cli:small", files / "x.npy", tmp_path / "a.zarr", "--method", "jacobian", code=3)
     assert "belongs to another run, and nothing was changed" in done.stderr
     other = call("report", tmp_path / "a.zarr", "--model", "tests.cases:lenet5_like", code=1)
     assert "cannot import" in other.stderr
@@ -175,14 +175,14 @@ def test_a_report_refuses_a_model_that_has_changed(files, tmp_path):
     from safetensors.torch import save_file
 
     weights, page = tmp_path / "w.safetensors", tmp_path / "a.html"
-    save_file(build().state_dict(), weights)
-    words = ("tests.cli.test_cli:build", files / "x.npy", tmp_path / "a.zarr", "--weights", weights)
+    save_file(small().state_dict(), weights)
+    words = ("tests.cli.test_cli:small", files / "x.npy", tmp_path / "a.zarr", "--weights", weights)
     call("run", *words, "--reduce", "importance", "--no-maps")
-    save_file({k: v + 1 for k, v in build().state_dict().items()}, weights)
-    assert "for samples and curves add --model tests.cli.test_cli:build" in call("report", tmp_path / "a.zarr").stderr
+    save_file({k: v + 1 for k, v in small().state_dict().items()}, weights)
+    assert "for samples and curves add --model tests.cli.test_cli:small" in call("report", tmp_path / "a.zarr").stderr
     assert page.exists()
     assert "belong to a --model" in call("report", tmp_path / "a.zarr", "--weights", weights, code=2).stderr
-    model = ("--model", "tests.cli.test_cli:build", "--weights", weights)
+    model = ("--model", "tests.cli.test_cli:small", "--weights", weights)
     refused = call("report", tmp_path / "a.zarr", *model, code=3)
     assert "--model: it is not the model of the run" in refused.stderr
 

@@ -154,7 +154,7 @@ def test_names_of_outputs_are_text(store: Path) -> None:
         ("\ud800 \u2028", "\\ud800 \\u2028"),
     ],
 )
-def test_plain(text: str, shown: str) -> None:
+def test_text_of_a_store_is_shown_without_control_characters(text: str, shown: str) -> None:
     assert plain(text) == shown
     assert "\n" not in plain(text, lines=False)
 

@@ -30,7 +30,7 @@ def test_one_hot_seeds_need_no_first_cotangent():
     assert made.of(graph.inputs[0]) == Cotangent(graph.inputs[0])
 
 
-def test_seeds_of_the_callers_do():
+def test_seeds_of_the_caller_need_a_first_cotangent():
     graph, made = cotangents(classifier(), onehot=False)
     _, _, relu, last = graph.units
     assert made.seed_rows_unit is None
@@ -70,7 +70,7 @@ def test_both_sides_of_a_sum_have_its_cotangent():
     assert made.of(graph.inputs[0]) == Cotangent(graph.inputs[0])  # two convolutions add to it
 
 
-def test_what_is_read_twice_is_added_up():
+def test_value_with_two_readers_has_the_sum_of_their_cotangents():
     p = program(
         Step(conv(name="a"), (0,), (4, 8)),
         Step(conv(name="b"), (1,), (4, 8)),

@@ -67,7 +67,7 @@ def test_a_classifier_with_cotangents_of_the_caller():
     ],
     ids=["plain", "stride", "groups"],
 )
-def test_windows(form, shape, numbers):
+def test_convolution_reads_its_window_in_contiguous_runs(form, shape, numbers):
     """Channels last, four of them: a window of three positions is one run of twelve elements; of a group, three."""
     op = one(chain(program(Step(form, (0,), shape))).forward, records.Window)
     assert (op.runs, op.run_length, op.C, op.O, op.src.position) == numbers
@@ -121,7 +121,7 @@ def test_a_square_has_two_cotangents():
 PRODUCT = program(Step(Product("matmul"), (0, 1), (2, 5)), inputs=((2, 3), (3, 5)))
 
 
-def test_products_of_matrices():
+def test_matrix_product_emits_a_record_for_each_side():
     made = chain(PRODUCT)
     op = one(made.forward, records.MatMul)
     assert (op.matrices, op.rows, op.columns, op.terms, op.left_term, op.right_column) == (1, 2, 5, 3, 1, 1)

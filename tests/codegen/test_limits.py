@@ -18,12 +18,12 @@ def found(file: str, pattern: str) -> list[int]:
     return [int(n) for n in re.findall(pattern, (CSRC / file).read_text())]
 
 
-def test_quads_of_a_lane():
+def test_quads_of_a_lane_in_python_are_the_kernels():
     counts = clock_model.QUAD_COUNTS
     assert sorted({*found("cuda/quads.cuh", r"quads_of<T, (\d+)>")}) == list(counts)
     assert found("cuda/quads.cuh", r"each <= (\d+)") == list(counts[:-1])
     assert set(limits.QUADS) <= set(counts) and max(limits.QUADS) == counts[-1]
 
 
-def test_warps():
+def test_warp_size_in_python_is_the_kernels():
     assert found("cuda/device.cuh", r"constexpr int kWarp = (\d+);") == [clock_model.WARP]

@@ -80,13 +80,13 @@ def test_a_loop_waits_for_its_instructions_or_for_its_loads():
     assert clock_model.loop(4, 6) * clock_model.PACE == pytest.approx(6)
 
 
-def test_workers_without_work():
+def test_busy_share_of_workers_counts_the_idle_last_round():
     assert clock_model.busy(16, 8) == 1
     assert clock_model.busy(9, 8) == 9 / 16
     assert clock_model.busy(1, 8) == 1 / 8
 
 
-def test_even_parts():
+def test_even_tiles_have_no_small_remainder():
     assert [clock_model.even(count, 5) for count in (1, 5, 6, 7, 10, 11)] == [1, 5, 3, 4, 5, 4]
 
 

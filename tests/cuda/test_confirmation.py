@@ -61,13 +61,21 @@ def test_kernels_that_differ_are_refused(program, targets) -> None:
         assert oracle.relative_error(got, oracle.jacobian(model, [x])[1][0]) < 1e-6
 
 
-def test_inputs_that_settle_nothing(program) -> None:
-    """NaN everywhere: the next call is compared."""
-    x = net()[1]
+def test_results_that_are_nan_settle_nothing() -> None:
+    """The slopes of tanh are NaN at NaN, so that nothing is finite: the next call is compared."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), net()[1]
+    found = capturing.to_program(model, (x,))
+    params = dict(capturing.bind(found, model))
     with torch.no_grad(), installed(Broken(threads=32)):
-        executor.jacobian(*program, [torch.full_like(x, float("nan"))])
+        executor.jacobian(found, params, [torch.full_like(x, float("nan"))])
         with pytest.raises(KernelsDiffer):
-            executor.jacobian(*program, [x])
+            executor.jacobian(found, params, [x])
+
+
+def test_finite_gradients_at_nan_are_compared(program) -> None:
+    """Those of a ReLU are zero there, though the outputs are NaN."""
+    with torch.no_grad(), installed(Broken(threads=32)), pytest.raises(KernelsDiffer):
+        executor.jacobian(*program, [torch.full_like(net()[1], float("nan"))])
 
 
 def test_a_forward_pass_alone(program) -> None:

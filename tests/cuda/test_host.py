@@ -23,7 +23,7 @@ HEAVY = ("cnn1d", "cnn1d_strided", "lenet5", "mlp", "fcn")  # their own test, in
 
 
 @pytest.mark.parametrize("case", [c for c in COVERED if c.name not in HEAVY], ids=repr)
-def test_agrees_with_the_oracle(case: Case) -> None:
+def test_cuda_kernels_on_the_host_equal_the_oracle(case: Case) -> None:
     device = HostDevice(blocks=2)
     model, inputs, y, got, used = run(case, torch.float64, 3, device)
     assert device.launches > 0
@@ -35,7 +35,7 @@ def test_agrees_with_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in HEAVY if n != "fcn"])
-def test_measured_networks_in_float32(name: str) -> None:
+def test_measured_networks_in_float32_on_the_host(name: str) -> None:
     device = HostDevice(blocks=1, threads=32)
     model, inputs, y, got, used = run(CASES[name], torch.float32, 2, device)
     assert used.single_chain
@@ -52,7 +52,7 @@ def test_what_is_too_large_is_said_and_goes_to_aten() -> None:
     made = plan.plan(program, 5, machine=HostDevice().machine)
     assert not made.single_chain
     assert any("KiB of shared memory" in s.why for s in made.steps)
-    assert all(g.native or made.steps for g in made.groups)
+    assert {g.native for g in made.groups} == {True, False}
 
 
 @pytest.mark.parametrize("kib", [6, 12, 24])
@@ -66,7 +66,7 @@ def test_small_shared_memory_splits_the_chain(kib: int) -> None:
 
 @pytest.mark.parametrize("shape", [(2,), (5, 7)])
 @pytest.mark.parametrize("name", ["conv1d_stride_pad", "linear_nobias", "conv_output", "log_softmax"])
-def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> None:
+def test_targets_on_the_host_equal_the_oracle(name: str, shape: tuple[int, ...]) -> None:
     case, generator = CASES[name], torch.Generator().manual_seed(3)
     outputs = math.prod(case.build()(*case.inputs(1)).shape[1:])
     targets = torch.randint(outputs, shape, generator=generator)
@@ -92,6 +92,7 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
         plain_y, plain = reference.jacobian(program, params, inputs)
     assert device.launches > 0
     assert f"{str(dtype).removeprefix('torch.')} is cast to float32" in str(used)
+    assert all(t.isfinite().all() for t in (plain_y, *plain))
     want_y, want = oracle.jacobian(model, inputs)
     floor = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert y.dtype == dtype

@@ -40,7 +40,7 @@ def right(model, inputs, y, got, error: float = 1e-11) -> None:
 
 @pytest.mark.parametrize("processors", [2, 132])
 @pytest.mark.parametrize("name", FEW)
-def test_agrees_with_the_oracle(name: str, processors: int) -> None:
+def test_launchers_equal_the_oracle(name: str, processors: int) -> None:
     device = Launchers(processors)
     model, inputs, y, got, used = run(CASES[name], torch.float64, 5, device)
     assert device.launches == 1
@@ -50,7 +50,7 @@ def test_agrees_with_the_oracle(name: str, processors: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["conv1d_dilated", "residual", "two_inputs", "linear_only"])
-def test_in_float32(name: str) -> None:
+def test_launchers_in_float32(name: str) -> None:
     device = Launchers()
     model, inputs, y, got, _ = run(CASES[name], torch.float32, 4, device)
     want_y, want = oracle.jacobian(model, inputs)
@@ -62,7 +62,7 @@ def test_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("shape", [(2,), (5, 7)])
 @pytest.mark.parametrize("name", ["conv1d_stride_pad", "linear_nobias", "conv_output", "log_softmax"])
-def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> None:
+def test_launchers_take_shared_and_per_sample_targets(name: str, shape: tuple[int, ...]) -> None:
     case, generator = CASES[name], torch.Generator().manual_seed(3)
     outputs = math.prod(case.build()(*case.inputs(1)).shape[1:])
     targets = torch.randint(outputs, shape, generator=generator)
@@ -76,9 +76,8 @@ def test_dense_cotangents(kib: int) -> None:
     """Shared memory so small that a chain is split: a forward of its own, and cotangents from one to the next."""
     device = Launchers(shared_bytes=kib * 1024)
     model, inputs, y, got, used = run(CASES["maxpool2d"], torch.float64, 5, device)
-    dense = [args for name, args in device.calls if name == "chain_vjp" and args[9]]
     assert not used.single_chain
-    assert dense
+    assert any(given["cotangents"] for given in device.vjps())
     assert "chain_forward" in dict(device.calls)
     right(model, inputs, y, got)
 
@@ -89,15 +88,15 @@ def test_several_tiles_of_seeds() -> None:
     for shared in range(2048, 65536, 1024):
         device = Launchers(shared_bytes=shared)
         model, inputs, y, got, used = run(CASES["conv_output"], torch.float64, 2, device)
-        name, args = device.calls[-1]
-        if used.single_chain and name == "chain_vjp":
-            seeds, tile = args[7].shape[-1], args[10]
+        if used.single_chain and device.vjps():
+            given = device.vjps()[-1]
+            seeds, tile = given["targets"].shape[-1], given["seed_tile"]
             break
     assert 0 < tile < seeds
     right(model, inputs, y, got)
 
 
-def test_measured_networks_in_float32() -> None:
+def test_launchers_run_the_measured_networks_in_float32() -> None:
     for name in ("cnn1d", "lenet5", "mlp"):
         device = Launchers()
         model, inputs, y, got, used = run(CASES[name], torch.float32, 2, device)
@@ -108,11 +107,11 @@ def test_measured_networks_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("n", "processors"), [(1, 132), (5, 132), (40, 3), (1000, 3)])
-def test_blocks(n: int, processors: int) -> None:
+def test_small_batch_is_spread_over_all_multiprocessors(n: int, processors: int) -> None:
     """A small batch is spread over all multiprocessors; a large one gives each its own block."""
     device = Launchers(processors)
     model, inputs, y, got, _ = run(CASES["linear_nobias"], torch.float64, n, device)
-    planned = CudaSizes(*device.calls[-1][1][5]).block
+    planned = CudaSizes(*device.vjps()[-1]["sizes"]).block
     block = min(planned, -(-n // processors))
     assert device.gpu.blocks == min(-(-n // block), processors)
     few = [x[-3:] for x in inputs]
@@ -145,7 +144,7 @@ def named(given: dict) -> list:
 
 
 @pytest.mark.parametrize("message", [*op_arguments.WRONG_CHAIN, *op_arguments.WRONG_SEEDS])
-def test_wrong_arguments(message: str) -> None:
+def test_launchers_refuse_wrong_arguments(message: str) -> None:
     given, device = arguments(), Launchers()
     (op_arguments.WRONG_CHAIN | op_arguments.WRONG_SEEDS)[message](given)
     with pytest.raises((RuntimeError, IndexError), match=message.replace("expected.*", "targets must be .*")):
@@ -153,7 +152,7 @@ def test_wrong_arguments(message: str) -> None:
 
 
 @pytest.mark.parametrize("message", op_arguments.WRONG_COTANGENTS)
-def test_wrong_cotangents(message: str) -> None:
+def test_launchers_refuse_wrong_cotangents(message: str) -> None:
     given, device = arguments(group=True), Launchers()
     op_arguments.WRONG_COTANGENTS[message](given)
     with pytest.raises(RuntimeError, match=message):
@@ -247,7 +246,7 @@ def test_a_first_launch_may_be_captured() -> None:
 # ---- the hash
 
 
-def test_the_hash_sees_every_change() -> None:
+def test_hash_launcher_sees_every_change() -> None:
     with installed(Launchers()) as device:
         a, b = torch.randn(1000), torch.arange(7, dtype=torch.uint8)
         own = ops.content_hash([a, b])
@@ -270,7 +269,7 @@ def test_the_hash_sees_every_change() -> None:
     assert device.gpu.guards == 0
 
 
-def test_new_weights_are_packed_again() -> None:
+def test_launchers_pack_new_weights_again() -> None:
     device = Launchers()
     for factor in (1.0, -2.0):
         case = CASES["maxpool1d"]

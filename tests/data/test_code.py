@@ -90,8 +90,8 @@ def read(tmp_path, monkeypatch):
         linecache.clearcache()
 
     def read(name: str, file: str = "", before: str = "", after: str = "") -> str:
+        assert before in FILES.get(file, "")
         for path, text in FILES.items():
-            assert path != file or before in text
             (tmp_path / path).write_text(text.replace(before, after) if path == file else text)
         forget()
         return code_text(getattr(importlib.import_module("main_of_test"), name))

@@ -62,7 +62,7 @@ def zarr_v2(path: Path, payload: Payload) -> str:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [npy, npz, pt, bare_pickle, zarr_v2])
-def test_nothing_is_unpickled(make, tmp_path: Path) -> None:
+def test_reading_a_source_unpickles_nothing(make, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     address = make(tmp_path, Payload(trace))
     with pytest.raises(Exception) as error:

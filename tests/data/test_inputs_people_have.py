@@ -172,7 +172,7 @@ READ = {
 
 
 @pytest.mark.parametrize("make", READ.values(), ids=READ)
-def test_it_is_read(make, tmp_path) -> None:
+def test_source_that_people_have_is_read(make, tmp_path) -> None:
     source = open_source(make(tmp_path), dtype=torch.float32)
     assert source.samples == 9
     for start, stop in ((0, 9), (1, 8), (2, 3), (6, 9)):
@@ -273,7 +273,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
-def test_it_is_refused_with_advice(make, words: str, tmp_path) -> None:
+def test_source_that_cannot_be_read_is_refused_with_advice(make, words: str, tmp_path) -> None:
     with pytest.raises((ValueError, TypeError), match=words) as caught:
         open_source(make(tmp_path)).read(0, 2)
     assert "\n" not in str(caught.value)
@@ -333,7 +333,7 @@ def test_columns_of_a_table(tmp_path) -> None:
     np.testing.assert_allclose(rows.numpy(), X[:, [3, 0]], rtol=1e-6)
 
 
-def test_the_home_folder(tmp_path, monkeypatch) -> None:
+def test_tilde_in_a_source_is_the_home_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     np.save(tmp_path / "x.npy", X)
     assert open_source("~/x.npy").samples == 9
@@ -348,7 +348,7 @@ def test_a_cast_keeps_imaginary_parts() -> None:
 # Weights, and a plan
 
 
-def build() -> nn.Module:
+def with_norm() -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
 
@@ -362,21 +362,21 @@ HERE = "tests.data.test_inputs_people_have"
 
 @pytest.mark.parametrize("wrap", [None, "state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.module."])
-def test_checkpoints(prefix: str, wrap: str | None, tmp_path) -> None:
-    wanted = {name: value + 1 for name, value in build().state_dict().items()}
+def test_weights_are_read_from_every_kind_of_checkpoint(prefix: str, wrap: str | None, tmp_path) -> None:
+    wanted = {name: value + 1 for name, value in with_norm().state_dict().items()}
     content = {prefix + name: value for name, value in wanted.items()}
     torch.save({wrap: content, "epoch": 3} if wrap else content, tmp_path / "w.pt")
-    loaded = load_model(f"{HERE}:build", str(tmp_path / "w.pt")).state_dict()
+    loaded = load_model(f"{HERE}:with_norm", str(tmp_path / "w.pt")).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("content", [{"a": torch.ones(1)}, {"state_dict": 3}, [1], {"x": Path("a")}])
-def test_what_is_no_checkpoint(content, tmp_path) -> None:
+def test_file_that_is_no_checkpoint_is_refused(content, tmp_path) -> None:
     torch.save(content, tmp_path / "w.pt")
     (tmp_path / "w.safetensors").write_bytes(b"x")
     for name in ("w.pt", "w.safetensors"):
         with pytest.raises(ValueError, match="--weights: ") as caught:
-            load_model(f"{HERE}:build", str(tmp_path / name))
+            load_model(f"{HERE}:with_norm", str(tmp_path / name))
         assert "\n" not in str(caught.value)
 
 
@@ -441,7 +441,7 @@ def test_random_weights_are_refused(nets) -> None:
             load_model(f"nets_of_test:{name}")
     for name in ("seeded", "loads", "constant"):
         load_model(f"nets_of_test:{name}")
-    load_model(f"{HERE}:build")
+    load_model(f"{HERE}:with_norm")
 
 
 def test_weights_that_fit_twice_in_part_or_not(nets, tmp_path) -> None:
@@ -470,7 +470,7 @@ def test_a_plan_writes_nothing(tmp_path) -> None:
     np.save(tmp_path / "x.npy", X)
     words = [
         "run",
-        f"{HERE}:build",
+        f"{HERE}:with_norm",
         str(tmp_path / "x.npy"),
         str(tmp_path / "a.zarr"),
         "--chunk",

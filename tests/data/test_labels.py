@@ -25,7 +25,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
 
 
-def test_the_store_keeps_them_and_shows_them(tmp_path):
+def test_store_keeps_and_shows_sample_ids_and_output_names(tmp_path):
     model = network()
     results = run(model, X, tmp_path / "a.zarr", ids=IDS, names=["cat", "dög", "<b>"], reductions="importance", **GIVEN)
     assert (results.ids, results.names) == (tuple(IDS), ("cat", "dög", "<b>"))
@@ -63,7 +63,7 @@ def test_the_rows_of_statistics_have_the_names_of_their_outputs(targets, names, 
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_importance_has_them(parts, monkeypatch):
+def test_importance_takes_output_names(parts, monkeypatch):
     if parts:
         monkeypatch.setattr(ranking, "PART_BYTES", 8 * (ranking.GROUPS + 1) * 4 * 2)
     given = {"targets": [2, 0, 1], "engine": "autograd", "curve_samples": 0}
@@ -84,7 +84,7 @@ def test_importance_has_them(parts, monkeypatch):
         ({"names": ["a", "b"], "targets": TopK(1)}, "names: got 2, expected one for each of 3 outputs"),
     ],
 )
-def test_others_are_refused(given, words, tmp_path):
+def test_labels_of_a_wrong_number_or_kind_are_refused(given, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         run(network(), X, tmp_path / "a.zarr", **{"targets": [1], **given}, **GIVEN)
     assert not (tmp_path / "a.zarr").exists()
@@ -121,7 +121,7 @@ def factory() -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["txt", "npy", "csv"])
-def test_on_the_command_line(kind, tmp_path):
+def test_labels_on_the_command_line(kind, tmp_path):
     import pandas
 
     np.save(tmp_path / "x.npy", X)
@@ -149,7 +149,7 @@ def test_names_as_they_are_written(tmp_path):
         choices.read_ids(f"{tmp_path}/a.npy")
 
 
-def test_home_folders_everywhere(tmp_path, monkeypatch):
+def test_tilde_is_the_home_folder_in_every_option(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(network(), tmp_path / "net.pt")
     torch.save(network().state_dict(), tmp_path / "state.pt")

@@ -56,14 +56,14 @@ def test_runs_and_their_continuation(problem: Any, method: str, output: Any, tmp
             run(model, x, place, method=method, chunk=8, output=other)
 
 
-def test_importance(problem: Any) -> None:
+def test_importance_of_a_chosen_output(problem: Any) -> None:
     model, x = problem
     ranking = gradkern.importance(model, x, output="logits", progress=False)
     assert ranking.scores.shape == (3, 6)
     assert ranking.curve is not None
 
 
-def test_errors(problem: Any, tmp_path: Path) -> None:
+def test_run_without_a_choice_of_output_is_an_error_that_names_them(problem: Any, tmp_path: Path) -> None:
     model, x = problem
     with pytest.raises(TypeError, match=r"the names 'hidden', 'logits'.*output="):
         run(model, x, tmp_path / "a.zarr")
@@ -87,7 +87,7 @@ def call(*words: Any) -> str:
     return done.stdout
 
 
-def test_command_line(problem: Any, tmp_path: Path) -> None:
+def test_output_option_on_the_command_line(problem: Any, tmp_path: Path) -> None:
     model, x = problem
     free = ({0: torch.export.Dim("N")},)
     net, data, store = tmp_path / "net.pt2", tmp_path / "x.npy", tmp_path / "maps.zarr"

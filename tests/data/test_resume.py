@@ -50,7 +50,7 @@ def test_killed_at_random_moments_ends_bit_equal(kills, at_work, samples, tmp_pa
     assert whole.about["exact"]
     assert torch.equal(whole.maps(0, len(x)), gradkern.jacobian(model, x, engine="kernel").abs())
     assert not list((tmp_path / "killed.zarr").rglob("*.partial"))
-    assert not list(tmp_path.glob(".killed*")) or finished[0] == 0  # killed while the store was made
+    assert len(list(tmp_path.glob(".killed*"))) <= said["unmade"]  # each kill while the store was made leaves a folder
 
 
 def test_continuing_computes_only_what_is_missing(tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_stores_that_measured_another_way_say_so(tmp_path, monkeypatch):
         ({"nonfinite": "keep"}, "nonfinite skip, this call asks for keep"),
     ],
 )
-def test_what_a_run_was_begun_with_is_kept_and_another_wish_is_refused(tmp_path, asked, words):
+def test_settings_of_a_begun_run_are_kept_and_other_ones_refused(tmp_path, asked, words):
     model, x = small()
     given = {"chunk": 8, "reductions": ["mean_abs"]}
     run(model, x, tmp_path / "a.zarr", shard=(0, 2), nonfinite="skip", **given)

@@ -89,7 +89,7 @@ class Iterates:
         (np.array(["a", "b"]), "expected numbers"),
     ],
 )
-def test_what_is_no_source(source, words):
+def test_object_that_is_no_source_is_refused(source, words):
     with pytest.raises((ValueError, TypeError), match=words):
         open_source(source).read(0, 1)
 

@@ -157,6 +157,19 @@ def test_bits_that_differ_from_an_earlier_store_are_noted(tmp_path):
     assert not about["exact"]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_prediction_that_is_not_finite_leaves_an_earlier_store_its_model(tmp_path, bad):
+    """Each chunk is compared relative to its largest prediction, which must be a finite one."""
+    model, x = problem()
+    x[1] = bad
+    options = OPTIONS | {"nonfinite": "skip"}
+    run(model, x, tmp_path / "a.zarr", **options, chunk=2, shard=(0, 2))
+    change_keys(tmp_path / "a.zarr", gradkern="0.0.9")
+    with pytest.raises(Mismatch, match=r"now predicts something else for the samples 0 … 1"):
+        run(Doubled(*model).eval(), x, tmp_path / "a.zarr", **options)
+    assert run(model, x, tmp_path / "a.zarr", **options).done == 5
+
+
 def test_keys_of_another_version_are_not_compared(tmp_path):
     run(*problem(), tmp_path / "a.zarr", **OPTIONS, chunk=2, shard=(0, 2))
     change_keys(tmp_path / "a.zarr", gradkern="0.0.9")

@@ -19,14 +19,14 @@ X = torch.randn(6, 1, 10, generator=torch.Generator().manual_seed(0))
 BASELINES = {"DeepLiftShap", "GradientShap"}
 
 
-def build() -> nn.Module:
+def two_by_two_outputs() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv1d(1, 2, 3, padding="same"), nn.ReLU(), nn.Flatten(), nn.Linear(20, 4), nn.Unflatten(1, (2, 2))
     ).eval()
 
 
-NET = build()
+NET = two_by_two_outputs()
 FLAT = NET[:-1]
 
 

@@ -78,7 +78,7 @@ def test_kept_samples_are_counted(tmp_path):
         )  # fmt: skip
 
 
-def test_importance_tells(tmp_path):
+def test_importance_counts_samples_that_are_not_finite(tmp_path):
     x = damaged([7], float("nan"))
     with pytest.raises(ValueError, match="sample 7 are not finite"):
         gradkern.importance(net(), x, curve_samples=0)
@@ -98,7 +98,7 @@ def test_importance_tells(tmp_path):
         gradkern.importance(net(), samples(1))
 
 
-def test_a_run_that_stopped_continues_with_another_wish(tmp_path):
+def test_run_that_stopped_at_nan_continues_with_another_nonfinite_setting(tmp_path):
     given = {"method": "input_x_gradient", "reductions": ["mean_abs"], "chunk": 8}
     x = damaged([30], float("nan"))
     with pytest.raises(ValueError, match="sample 30 are not finite"):
@@ -154,7 +154,7 @@ def test_baselines_of_each_sample_go_with_their_samples(tmp_path, method, chunk)
         (type("Frame", (), {"__array__": None})(), "'baselines' is Frame, expected a tensor"),
     ],
 )
-def test_what_is_no_distribution_is_refused_by_name(tmp_path, baselines, words):
+def test_baseline_distribution_of_a_wrong_shape_is_refused_by_name(tmp_path, baselines, words):
     with pytest.raises(ValueError, match=words):
         run(net(), samples(), tmp_path / "a.zarr", "DeepLiftShap", arguments={"baselines": baselines})
 
@@ -170,7 +170,7 @@ def test_what_is_no_distribution_is_refused_by_name(tmp_path, baselines, words):
         ({"baselines": lambda x: x}, "got a function as baselines, but IntegratedGradients takes no references"),
     ],
 )
-def test_what_is_neither_one_row_nor_one_per_sample_is_refused_by_name(tmp_path, arguments, words):
+def test_tensor_argument_of_another_length_is_refused_by_name(tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):
         run(net(), samples(), tmp_path / "a.zarr", "IntegratedGradients", arguments=arguments, chunk=8)
     assert not (tmp_path / "a.zarr").exists()

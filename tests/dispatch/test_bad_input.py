@@ -15,7 +15,7 @@ from gradkern.dispatch.checks import explain_failure
 from tests.cases import CASES
 
 ENGINES = ("auto", "autograd", "kernel")
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")]
 
 
 class Returns(nn.Module):
@@ -184,7 +184,7 @@ def test_nan_and_infinity_propagate_as_in_torch(engine, value):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
-def test_weights_that_are_not_finite(engine):
+def test_non_finite_weights_give_torchs_jacobian_on_every_engine(engine):
     model, x = net(dtype=torch.float64)
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] = torch.inf
@@ -192,7 +192,7 @@ def test_weights_that_are_not_finite(engine):
     torch.testing.assert_close(gradkern.jacobian(model, x), want, equal_nan=True)
 
 
-def test_only_nan(engine):
+def test_inputs_that_are_all_nan_give_torchs_jacobian(engine):
     model, x = net(dtype=torch.float64)
     broken = torch.full_like(x, torch.nan)
     want = gradkern.jacobian(model, broken, engine="autograd")

@@ -14,7 +14,10 @@ import gradkern
 from gradkern.util.callables import FixedArguments, is_same, model_of, modules_behind, name_of, unwrap
 from gradkern.util.options import GradkernWarning
 
-pytestmark = pytest.mark.filterwarnings("error::gradkern.GradkernWarning")  # nothing stays on autograd unseen
+pytestmark = [
+    pytest.mark.real_export,
+    pytest.mark.filterwarnings("error::gradkern.GradkernWarning"),  # nothing stays on autograd unseen
+]
 
 
 class Coder(nn.Module):
@@ -180,7 +183,7 @@ def test_buffers_behind_a_function_are_left_as_they_were_by_a_refused_capture() 
     assert model[1].num_batches_tracked == 0
 
 
-def test_wrappers() -> None:
+def test_compiled_and_parallel_wrappers_are_unwrapped() -> None:
     model, _ = coder()
     compiled = torch.compile(model, backend="eager")
     assert unwrap(compiled) is unwrap(nn.DataParallel(compiled)) is unwrap(compiled.forward) is model

@@ -12,6 +12,7 @@ from gradkern.dispatch.first_use import AutogradWork
 from gradkern.planner.timing import Timing
 from gradkern.runtime import whole_chain
 
+pytestmark = pytest.mark.real_export
 COST, KERNEL = 1.0, 0.1  # seconds of a capture; of a call on kernels, as a share of one on autograd
 
 
@@ -111,7 +112,7 @@ def test_calls_that_are_repeated_are_on_kernels_from_the_second_on(monkeypatch: 
         clock.passes.clear()
 
 
-def test_seeds_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_seeds_make_a_capture_worthwhile_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, model = Clock(monkeypatch), network()
     for _ in range(2):  # 0.06 s each with one seed
         gradkern.jacobian(model, torch.randn(60, 4, dtype=torch.float64), 1)

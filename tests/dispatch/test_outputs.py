@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 
+pytestmark = pytest.mark.real_export
 N = 4
 Pair = namedtuple("Pair", "hidden logits")
 
@@ -64,7 +65,7 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-class Net(nn.Module):
+class SeveralOutputs(nn.Module):
     def __init__(self, kind: str | None) -> None:
         super().__init__()
         self.first, self.act, self.last, self.kind = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3), kind
@@ -82,7 +83,7 @@ def x() -> Tensor:
 
 def net(kind: str | None) -> nn.Module:
     torch.manual_seed(0)
-    return Net(kind).double().eval()
+    return SeveralOutputs(kind).double().eval()
 
 
 def drawn_anew() -> None:
@@ -96,7 +97,7 @@ def same(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("engine", ["kernel", "autograd"])
 @pytest.mark.parametrize("kind", MAKE)
-def test_one_of_several(kind: str, engine: Any, x: Tensor) -> None:
+def test_jacobian_of_one_of_several_outputs(kind: str, engine: Any, x: Tensor) -> None:
     model, want = net(kind), gradkern.jacobian(net(None), x, engine="autograd")
     for output in CHOICES[kind]:
         options: dict[str, Any] = {"engine": engine, "output": output}
@@ -139,7 +140,7 @@ def test_every_method(name: str, engine: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_errors(kind: str, x: Tensor) -> None:
+def test_wrong_choice_of_an_output_is_an_error_that_names_the_outputs(kind: str, x: Tensor) -> None:
     model = net(kind)
     without: list[Callable[[], Any]] = [
         lambda: gradkern.jacobian(model, x),

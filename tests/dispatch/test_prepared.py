@@ -12,13 +12,14 @@ from gradkern.frontend import capture
 from gradkern.planner.timing import Timing
 from tests.cases import CASES
 
+pytestmark = pytest.mark.real_export
 #: One chain; several groups; two inputs; an output of several axes; a bottleneck is in the last.
 NETWORKS = ("mlp", "resnet1d_opaque", "two_inputs", "per_step")
 
 
 @pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_its_results_are_those_of_jacobian(name: str) -> None:
+def test_prepared_results_are_those_of_jacobian(name: str) -> None:
     case = CASES[name]
     model, inputs = case.build(), case.inputs(5)
     given = inputs if len(inputs) > 1 else inputs[0]
@@ -43,7 +44,7 @@ def test_inputs_to_differentiate(wrt: int | list[int]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_it_does_not_look_at_the_model_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_call_does_not_look_at_the_model_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
     jac = gradkern.prepare(model, x)
     assert str(jac) == str(jac.program)
@@ -64,14 +65,14 @@ def test_it_does_not_look_at_the_model_again(monkeypatch: pytest.MonkeyPatch) ->
     assert not jac(x.clone().requires_grad_()).requires_grad
 
 
-def test_large_batches_are_cut() -> None:
+def test_prepared_call_cuts_large_batches() -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(301, 4)
     jac = gradkern.prepare(model, x, 1)
     with gradkern.use(memory_budget=1000):
         assert torch.equal(jac(x), gradkern.jacobian(model, x, 1, engine="kernel"))
 
 
-def test_weights_that_are_not_finite() -> None:
+def test_prepared_call_with_non_finite_weights_gives_torchs_jacobian() -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(6, 4)
     jac = gradkern.prepare(model, x)
     with torch.no_grad():
@@ -79,7 +80,7 @@ def test_weights_that_are_not_finite() -> None:
     torch.testing.assert_close(jac(x), gradkern.jacobian(model, x, engine="autograd"), equal_nan=True)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_prepare_refuses_targets_and_inputs_that_do_not_fit() -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
     for targets in (gradkern.TopK(2), torch.zeros(6, 2, dtype=torch.int64)):
         with pytest.raises(ValueError, match="the same outputs for all samples"):
@@ -116,7 +117,7 @@ def test_a_model_that_stays_on_autograd_is_called_as_well() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_where_autograd_is_faster_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_call_takes_autograd_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["resnet1d_opaque"]
     model, (x,) = case.build(), case.inputs(3)
     monkeypatch.setattr(ways, "measure", lambda *args: Timing(3, {"kernels": 2.0, "loop": 1.0}))

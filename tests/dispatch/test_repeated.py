@@ -15,6 +15,8 @@ import gradkern
 from gradkern.dispatch import repeated
 from gradkern.dispatch.ways import pinned
 
+pytestmark = pytest.mark.real_export
+
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

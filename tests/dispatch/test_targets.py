@@ -14,6 +14,7 @@ from gradkern.dispatch.targets import TopSeeds, resolve
 from gradkern.util.options import BadType, BadValue
 from tests.cases import CASES
 
+pytestmark = pytest.mark.real_export
 N, C = 4, 3
 CPU = torch.device("cpu")
 ENGINES = ("autograd", "kernel")
@@ -78,7 +79,7 @@ def test_outputs_of_each_sample(flat_case, form, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_outputs_with_several_axes(deep_case, engine):
+def test_targets_of_outputs_with_several_axes(deep_case, engine):
     model, x, full = deep_case
     same(gradkern.jacobian(model, x, None, engine=engine), full)
     same(gradkern.jacobian(model, x, (1, 2), engine=engine), full[:, 1:2, 2])
@@ -121,7 +122,7 @@ def test_topk_is_chosen_chunk_by_chunk(flat_case):
     same(jac, want.repeat(60, *[1] * (want.dim() - 1)))
 
 
-def test_one_number_per_sample():
+def test_targets_of_one_number_per_sample():
     case = CASES["scalar_output"]
     model, (x,) = case.build(dtype=torch.float64), case.inputs(N, dtype=torch.float64)
     assert model(x).shape == (N,)

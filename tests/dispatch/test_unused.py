@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 class CutOff(nn.Module):
@@ -64,7 +64,7 @@ CALLS: dict[str, Callable[..., object]] = {
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("how", ["detach", "no_grad", "comparison", "zeros", "second"])
 @pytest.mark.parametrize("engine", ["kernel", "reference", "autograd", "auto"])
-def test_jacobian_says_so(engine: str, how: str, frozen: bool) -> None:
+def test_jacobian_of_an_unused_input_is_an_error(engine: str, how: str, frozen: bool) -> None:
     model, inputs = model_and_inputs(how, frozen)
     number = len(inputs) - 1
     with pytest.raises(ValueError, match=f"input {number} appears to not have been used"):
@@ -80,7 +80,7 @@ def test_jacobian_says_so(engine: str, how: str, frozen: bool) -> None:
 @pytest.mark.parametrize("how", ["detach", "second"])
 @pytest.mark.parametrize("engine", ["kernel", "auto"])
 @pytest.mark.parametrize("call", CALLS)
-def test_every_call_says_so(call: str, engine: str, how: str, frozen: bool) -> None:
+def test_every_public_call_with_an_unused_input_is_an_error(call: str, engine: str, how: str, frozen: bool) -> None:
     model, inputs = model_and_inputs(how, frozen)
     with pytest.raises(RuntimeError, match="not have been used"):  # the type of torch's and Captum's own error
         CALLS[call](model, inputs, engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 
 import numpy as np
@@ -15,7 +14,15 @@ from gradkern.planner.timing import TIE, Timing
 from gradkern.runtime import executor, whole_chain
 from tests.cases import net
 
-MEASURE = ways.measure  # before any fixture replaces it
+pytestmark = pytest.mark.real_export
+
+
+@pytest.fixture(autouse=True)
+def no_other_timings():
+    """Timings are remembered by plan: none of an earlier test, nor for a later one."""
+    ways.timings.clear()
+    yield
+    ways.timings.clear()
 
 
 @pytest.fixture
@@ -46,7 +53,6 @@ def taken(monkeypatch):
 def decided(monkeypatch):
     """Lets a test say which way is the fastest; returns the sizes that were measured."""
     sizes: list[int] = []
-    ways.timings.clear()
 
     def decide(fastest, slower=2.0):
         def measure(request, found, seeds, profile):
@@ -58,8 +64,7 @@ def decided(monkeypatch):
         monkeypatch.setattr(ways, "measure", measure)
         return sizes
 
-    yield decide
-    ways.timings.clear()
+    return decide
 
 
 def test_ties_go_to_the_kernels():
@@ -116,6 +121,7 @@ def test_points_of_a_path_go_one_way(decided, taken):
             torch.testing.assert_close(got, method.attribute_all(x, n_steps=70))
 
 
+@pytest.mark.measured_ways
 @pytest.mark.parametrize(("n", "targets"), [(1, None), (3, None), (40, [1]), (5, torch.arange(250).view(5, 50) % 3)])
 def test_a_measurement_runs_every_way_and_warms_up_first(n, targets, monkeypatch, taken):
     clock = itertools.count(1)
@@ -124,9 +130,7 @@ def test_a_measurement_runs_every_way_and_warms_up_first(n, targets, monkeypatch
         work()
         return 1e-4 * next(clock)
 
-    monkeypatch.setattr(ways, "measure", MEASURE)
     monkeypatch.setattr(ways, "seconds_of", seconds_of)
-    ways.timings.clear()
     model, (x,) = net(n=n)
     gradkern.prepare(model, x)
     timing = gradkern.explain(model, x, targets, show=False).timing
@@ -138,43 +142,42 @@ def test_a_measurement_runs_every_way_and_warms_up_first(n, targets, monkeypatch
     first = len(taken)
     assert gradkern.explain(model, x, targets, show=False).timing is timing
     assert len(taken) == first
-    ways.timings.clear()
 
 
-@pytest.mark.parametrize(("scale", "samples", "way"), [(1.0, 32, "loop"), (10.0, 8, "kernels")])
-def test_large_weights_count_less_in_large_calls(scale, samples, way, monkeypatch):
+@pytest.mark.measured_ways
+@pytest.mark.parametrize(("scale", "samples", "large", "way"), [(1.0, 32, 2, "loop"), (10.0, 8, 0, "kernels")])
+def test_large_weights_count_less_in_large_calls(scale, samples, large, way, monkeypatch):
     """Torch reads them once for all samples, so eight samples say little of a call of 32."""
-    rounds = []
+    ran: list[tuple[str, int]] = []  # the way and the number of samples of each piece of work
 
     def seconds_of(work, device):
-        facts = inspect.getclosurevars(work).nonlocals
-        n = facts["part"].samples
-        rounds.append(n)
-        return scale * (0.02 * n if facts["way"] == "kernels" else 0.15 + 0.006 * n)
+        work()
+        way, n = ran[-1]
+        return scale * (0.02 * n if way == "kernels" else 0.15 + 0.006 * n)
 
-    monkeypatch.setattr(ways, "measure", MEASURE)
+    monkeypatch.setattr(whole_chain.WholeChain, "__call__", lambda *args: ran.append(("kernels", len(args[-1][0]))))
+    monkeypatch.setattr(eager, "run_as_measured", lambda part, *args, **options: ran.append(("loop", part.samples)))
     monkeypatch.setattr(ways, "seconds_of", seconds_of)
-    ways.timings.clear()
     model, (x,) = net(n=40)
     gradkern.prepare(model, x)
     timing = gradkern.explain(model, x, [1], show=False).timing
     assert timing.samples == samples
     assert min(timing.seconds, key=timing.seconds.get) == way
-    assert rounds.count(8) == 2 and rounds.count(32) <= 4
-    ways.timings.clear()
+    sizes = [n for _, n in ran]
+    assert sizes.count(8) == 2
+    assert sizes.count(32) == large
 
 
+@pytest.mark.measured_ways
 def test_one_chain_is_timed_as_it_is_called(monkeypatch):
     """On the way of other networks, a call of one sample takes much longer."""
-    monkeypatch.setattr(ways, "measure", MEASURE)
     monkeypatch.setattr(ways.batching, "run", None)
-    ways.timings.clear()
     model, (x,) = net(n=1)
     gradkern.prepare(model, x)
     assert "kernels" in gradkern.explain(model, x, show=False).timing.seconds
-    ways.timings.clear()
 
 
+@pytest.mark.measured_ways
 def test_a_way_that_torch_cannot_run_is_not_taken(monkeypatch):
     def fill(request, partial, start, stop, together=None):
         if together != 1:
@@ -182,13 +185,10 @@ def test_a_way_that_torch_cannot_run_is_not_taken(monkeypatch):
         return real(request, partial, start, stop, together)
 
     real = eager.fill
-    monkeypatch.setattr(ways, "measure", MEASURE)
     monkeypatch.setattr(eager, "fill", fill)
-    ways.timings.clear()
     model, (x,) = net(n=2)
     gradkern.prepare(model, x)
     assert list(gradkern.explain(model, x, show=False).timing.seconds) == ["kernels", "loop"]
-    ways.timings.clear()
 
 
 def test_seeds_that_do_not_fit_in_memory_go_in_groups(decided, taken):
@@ -212,7 +212,7 @@ def test_a_store_records_the_way_and_a_resumed_run_reads_it(way, decided, taken,
     results = gradkern.run(model, x, tmp_path / "maps.zarr", **options)
     assert results.about["pinned"]["way"] == way
     decided("batched")
-    ways.timings.clear()
+    ways.timings.clear()  # what was measured for the first store
     del taken[:]
     partial = gradkern.run(model, x, tmp_path / "shards.zarr", shard=(0, 2), **options)
     assert partial.about["pinned"]["way"] is None

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 import gradkern
 from gradkern.ir.program import Opaque
 
+pytestmark = pytest.mark.real_export
 
-class Net(nn.Module):
+
+class AssignsToLinear(nn.Module):
     """``assign(y, x)`` for a linear layer's ``y``."""
 
     def __init__(self, assign: Callable[[Tensor, Tensor], None]) -> None:
@@ -72,8 +74,8 @@ TORCHS = (constant, of_another_dtype, where_positive)
 
 
 @pytest.mark.parametrize("assign", [*FORMS, *TORCHS], ids=lambda assign: assign.__name__)
-def test_the_jacobian_is_autograds(assign: Callable[[Tensor, Tensor], None]) -> None:
-    model, x = Net(assign).double().eval(), torch.randn(5, 4, dtype=torch.float64)
+def test_jacobian_through_an_assignment_is_autograds(assign: Callable[[Tensor, Tensor], None]) -> None:
+    model, x = AssignsToLinear(assign).double().eval(), torch.randn(5, 4, dtype=torch.float64)
     prepared = gradkern.prepare(model, x)
     assert prepared.program is not None
     program = prepared.program
@@ -87,6 +89,6 @@ def test_an_assignment_to_a_sample_mixes_samples() -> None:
     def sample(y: Tensor, x: Tensor) -> None:
         y[0] = 0.0
 
-    model = Net(sample).eval()
+    model = AssignsToLinear(sample).eval()
     with pytest.warns(gradkern.GradkernWarning, match=r"mixes samples.*test_assignments\.py:\d+"):
         assert gradkern.prepare(model, torch.randn(5, 4)).program is None

@@ -15,6 +15,7 @@ from gradkern.ir.program import Program, Scale
 from tests.support.capturing import to_program, verify
 from tests.support.modules import Net
 
+pytestmark = pytest.mark.real_export
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

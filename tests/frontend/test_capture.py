@@ -22,7 +22,10 @@ from gradkern.runtime.mac_counter import MacCounter
 from tests.support import oracle
 from tests.support.modules import Net, Through
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.real_export,
+    pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(params=["kernel", "auto"])
@@ -235,7 +238,7 @@ SIZES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_is_captured_for_all_sizes(name: str) -> None:
+def test_one_capture_serves_all_batch_sizes(name: str) -> None:
     model = network(SIZES[name], listed=[torch.full((4,), 3.0).double()])
     for n in (3, 1, 60):
         expect(model, torch.randn(n, 4).double(), "kernel")

@@ -21,6 +21,8 @@ from gradkern.ir.program import Part, Shape
 from tests.support import oracle
 from tests.support.capturing import to_program
 
+pytestmark = pytest.mark.real_export
+
 
 @st.composite
 def copies(draw: st.DrawFn) -> tuple[Shape, Part]:

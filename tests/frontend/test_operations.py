@@ -16,10 +16,11 @@ import gradkern
 from gradkern.ir.program import Opaque
 from tests.support.operations import FORMS, SEQUENCE_FIRST, TORCHS, Operation
 
+pytestmark = pytest.mark.real_export
 _TOGETHER = 12  # operations of one network
 
 
-class Net(nn.Module):
+class OperationsSideBySide(nn.Module):
     """Each operation on a linear layer's output; the results side by side."""
 
     def __init__(self, operations: Mapping[str, Operation]) -> None:
@@ -57,7 +58,7 @@ def cases(families: Mapping[str, Mapping[str, Operation]]) -> list[object]:
 def checked(operations: Mapping[str, Operation]) -> list[str]:
     """The ops that are left to torch; compares the Jacobian of every operation with autograd's."""
     torch.manual_seed(0)
-    model = Net(operations).double().eval()
+    model = OperationsSideBySide(operations).double().eval()
     x = torch.randn(3, 4, dtype=torch.float64)
     prepared = gradkern.prepare(model, x)
     assert prepared.program is not None, gradkern.explain(model, x, show=False)

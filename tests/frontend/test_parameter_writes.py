@@ -16,6 +16,8 @@ from gradkern.dispatch import ways
 from gradkern.dispatch.ways import measure
 from tests.support import oracle
 
+pytestmark = pytest.mark.real_export
+
 
 class Written(nn.Module):
     """A linear layer whose weight ``write`` changes, and returns as it is to be used."""
@@ -75,7 +77,7 @@ CLEAR = (renorm_data, renorm_copy, clamp_twice, clamp_data, keep_clamped, old_va
 
 
 @pytest.mark.parametrize("write", CLEAR, ids=lambda write: write.__name__)
-def test_what_is_written_is_read(write: Callable[[Written, Tensor], Tensor]) -> None:
+def test_parameter_that_a_forward_writes_is_read_as_written(write: Callable[[Written, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(Written(write), nn.Tanh(), nn.Linear(5, 3)).double().eval()
     x = torch.randn(6, 4, dtype=torch.float64)
@@ -126,7 +128,7 @@ def at_random(net: Written, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "write", [view_of_it, part_of_it, old_alias, of_the_input, at_random, count], ids=lambda write: write.__name__
 )
-def test_other_writes_are_left_to_autograd(write: Callable[[Written, Tensor], Tensor]) -> None:
+def test_writes_that_cannot_be_followed_are_left_to_autograd(write: Callable[[Written, Tensor], Tensor]) -> None:
     net = Written(write).eval()
     with pytest.warns(GradkernWarning, match="in place|changes|random"):
         assert gradkern.prepare(net, torch.randn(6, 4)).program is None

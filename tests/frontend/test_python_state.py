@@ -20,8 +20,7 @@ from torch import nn
 import gradkern
 from gradkern.dispatch import first_use
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
-
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")]
 NUMBERS = itertools.count()
 Kind = tuple[str, str, str]
 #: ``@`` stands for the number of the state in its network, ``$`` for a number.

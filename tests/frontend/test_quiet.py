@@ -15,6 +15,8 @@ from gradkern.frontend import capture
 from gradkern.util.options import GradkernWarning
 from tests.cases import CASES
 
+pytestmark = pytest.mark.real_export
+
 
 class Hidden(nn.Module):
     """Exporting it makes torch warn of weights that are assigned, and of its own deprecated checks."""

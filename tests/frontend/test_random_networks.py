@@ -15,6 +15,7 @@ from tests.support import oracle, scale
 from tests.support.capturing import bind, to_program, verify
 from tests.support.case import closed, randomise_norm
 
+pytestmark = pytest.mark.real_export
 SETTINGS = settings(
     max_examples=40,
     deadline=None,
@@ -121,7 +122,7 @@ def test_random_convolutional_networks(net: tuple[nn.Module, tuple[int, ...]], n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
-def test_others_in_each_run(part: int) -> None:
+def test_fresh_random_networks_equal_the_oracle(part: int) -> None:
     """All kinds of layers, dtypes, targets, chunks, threads and directions, through the public calls."""
     first = torch.initial_seed() % (1 << 30)  # another in each part and run, unless GRADKERN_SEED is given
     for seed in range(first, first + 10):

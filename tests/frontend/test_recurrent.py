@@ -12,10 +12,11 @@ from torch._decomp import decompositions
 import gradkern
 from gradkern.util.torch_compat import recurrent_shapes_only
 
+pytestmark = pytest.mark.real_export
 CELLS = {"gru_cell": nn.GRU, "lstm_cell": nn.LSTM}
 
 
-class Net(nn.Module):
+class LastStepOfTwoDirections(nn.Module):
     def __init__(self, kind, **options):
         super().__init__()
         self.layer, self.head = kind(3, 4, batch_first=True, **options), nn.Linear(8, 2)
@@ -30,7 +31,7 @@ def test_capture_does_not_walk_through_time(cell):
     steps = []
     real = getattr(decompositions, cell)
     with mock.patch.object(decompositions, cell, lambda *args, **more: steps.append(1) or real(*args, **more)):
-        model = Net(CELLS[cell], num_layers=2, bidirectional=True).double().eval()
+        model = LastStepOfTwoDirections(CELLS[cell], num_layers=2, bidirectional=True).double().eval()
         x = torch.randn(3, 50, 3, dtype=torch.float64)
         got = gradkern.jacobian(model, x, engine="kernel")
     assert 0 < len(steps) < 50

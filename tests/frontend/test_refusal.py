@@ -20,10 +20,11 @@ from gradkern.frontend.refusal import NoProgram
 from gradkern.ir.program import Contract
 from tests.support.capturing import to_program, verify
 
+pytestmark = pytest.mark.real_export
 LOGGER = logging.getLogger(__name__)
 
 
-class Net(nn.Module):
+class LinearAndFunction(nn.Module):
     def __init__(self, fn: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.fc = nn.Linear(4, 4)
@@ -78,7 +79,7 @@ def mixes(net: Any, x: Tensor) -> Tensor:
 
 
 REASONS = {
-    keeps_an_attribute: "keeps a tensor in the attribute kept of Net",
+    keeps_an_attribute: "keeps a tensor in the attribute kept of LinearAndFunction",
     keeps_in_a_list: "keeps a tensor in a Python object",
     branches: "data-dependent branching",
     reads_a_number: "makes a tensor a Python number",
@@ -92,7 +93,7 @@ REASONS = {
 @pytest.mark.parametrize("fn", REASONS, ids=lambda fn: fn.__name__)
 def test_reasons_name_the_line(fn: Callable[[Any, Tensor], Tensor]) -> None:
     with pytest.raises(NoProgram, match=REASONS[fn]) as caught:
-        to_program(Net(fn).eval(), (torch.randn(3, 4),))
+        to_program(LinearAndFunction(fn).eval(), (torch.randn(3, 4),))
     where = re.search(r", (\S+):(\d+)$", caught.value.reason)
     assert where is not None, caught.value.reason
     first = fn.__code__.co_firstlineno
@@ -102,7 +103,7 @@ def test_reasons_name_the_line(fn: Callable[[Any, Tensor], Tensor]) -> None:
 
 @pytest.mark.filterwarnings("ignore:look")
 def test_what_a_forward_prints_is_no_reason() -> None:
-    model, inputs = Net(says).eval(), (torch.randn(3, 4),)
+    model, inputs = LinearAndFunction(says).eval(), (torch.randn(3, 4),)
     program = to_program(model, inputs)
     verify(program, model, inputs)
     assert [type(step.form) for step in program.steps] == [Contract]

@@ -16,8 +16,7 @@ import gradkern
 from gradkern.dispatch import first_use
 from tests.support.modules import Through
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
-
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")]
 SAMPLES = 2000
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import gradkern
 from tests.support.modules import Net
 
+pytestmark = pytest.mark.real_export
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +51,7 @@ def warning_muted(net: Net, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [plus, column, rectified, through_a_view, logging_if_wanted, warning_muted])
-def test_it_is_captured(forward: Callable[[Net, Tensor], Tensor]) -> None:
+def test_forward_with_a_side_effect_is_captured(forward: Callable[[Net, Tensor], Tensor]) -> None:
     model, x = Net(forward).double().eval(), torch.randn(3, 4, dtype=torch.float64)
     before = x.clone()
     assert gradkern.prepare(model, x).program is not None

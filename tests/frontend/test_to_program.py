@@ -39,6 +39,7 @@ from tests.support.case import Case, Fn
 from tests.support.case_runs import forms, lowered, proposed
 from tests.support.modules import Net
 
+pytestmark = pytest.mark.real_export
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
 
 
@@ -59,7 +60,7 @@ def test_every_case_is_traced(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: c.name)
-def test_refused(case: Case) -> None:
+def test_model_that_cannot_be_lowered_names_the_reason(case: Case) -> None:
     model, inputs = case.build(), case.inputs(3)
     with pytest.raises(NoProgram) as caught:
         verify(to_program(model, inputs), model, inputs)
@@ -308,7 +309,7 @@ def test_samples_that_are_not_finite_are_no_mismatch(value: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn1d", "elu", "residual"])
-def test_bfloat16(name: str) -> None:
+def test_bfloat16_network_is_verified(name: str) -> None:
     case = CASES[name]
     model, inputs = case.build(dtype=torch.bfloat16), case.inputs(3, dtype=torch.bfloat16)
     verify(to_program(model, inputs), model, inputs)

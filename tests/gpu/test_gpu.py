@@ -25,6 +25,7 @@ from tests.support.pools import POOLS, equal, numbers, with_counts
 from tests.support.products import BOUND as PRODUCT_BOUND
 from tests.support.products import SHAPES, product
 
+pytestmark = pytest.mark.real_export
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]
 MEASURED = ("cnn1d", "cnn1d_strided", "lenet5", "mlp", "fcn")
@@ -58,7 +59,7 @@ def test_agrees_with_the_oracle_in_float64(case: Case, n: int) -> None:
 
 @pytest.mark.parametrize("name", MEASURED)
 @pytest.mark.parametrize("n", [1, 131, 1000])
-def test_measured_networks_in_float32(name: str, n: int) -> None:
+def test_measured_networks_in_float32_on_a_gpu(name: str, n: int) -> None:
     model, inputs, program, params = on_gpu(CASES[name], n, torch.float32)
     _, got = executor.jacobian(program, params, inputs)
     assert torch.isfinite(got[0]).all()
@@ -94,7 +95,7 @@ def test_every_number_is_written() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2,), (33, 4)])
-def test_targets(shape: tuple[int, ...]) -> None:
+def test_targets_on_a_gpu_equal_the_oracle(shape: tuple[int, ...]) -> None:
     model, inputs, program, params = on_gpu(CASES["mlp"], 33, torch.float64)
     targets = torch.randint(10, shape, generator=torch.Generator().manual_seed(0))
     _, got = executor.jacobian(program, params, inputs, targets.to(CUDA))
@@ -160,7 +161,7 @@ def test_a_cuda_graph_captures_the_launch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_products_of_two_values(name: str, dtype: torch.dtype) -> None:
+def test_matrix_products_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     program = product(name)
     generator = torch.Generator().manual_seed(4)
     xs = [torch.randn(300, *s, generator=generator, dtype=torch.float64) for s in program.inputs]
@@ -203,7 +204,7 @@ def small(shared: int):
 
 @pytest.mark.parametrize("shared", [256, 3072])
 @pytest.mark.parametrize("name", NETS)
-def test_networks_in_pieces(name: str, shared: int) -> None:
+def test_networks_in_pieces_on_a_gpu_equal_the_oracle(name: str, shared: int) -> None:
     make, shape = NETS[name]
     torch.manual_seed(3)
     model = settle(make().double(), torch.Generator().manual_seed(7)).to(CUDA)
@@ -212,7 +213,8 @@ def test_networks_in_pieces(name: str, shared: int) -> None:
         program = capturing.to_program(model, (x,))
         y, (got,) = executor.jacobian(program, capturing.bind(program, model), [x])
         used = executor.plan_for(program, got.shape[1], torch.float64, CUDA)
-    assert not used.single_chain or shared > 256
+    if shared == 256:
+        assert not used.single_chain
     want_y, (want,) = oracle.jacobian(model, x)
     assert oracle.relative_error(y, want_y) < 1e-11
     assert oracle.relative_error(got, want) < 1e-10
@@ -246,7 +248,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["cnn1d", "lenet5", "residual", "maxpool1d_overlap_pad"])
 @pytest.mark.parametrize("method", ["GuidedBackprop", "Deconvolution", "DeepLift", "LRP"])
-def test_rules(name: str, method: str) -> None:
+def test_rules_on_a_gpu_equal_the_reference(name: str, method: str) -> None:
     case = CASES[name]
     model = case.build(dtype=torch.float64).to(CUDA)
     x = case.inputs(30, dtype=torch.float64)[0].to(CUDA)
@@ -284,7 +286,7 @@ def test_deep_lift_as_on_the_cpu(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", POOLS)
-def test_multipliers_are_the_cpus_to_the_bit(name: str, dtype: torch.dtype) -> None:
+def test_multipliers_on_a_gpu_equal_the_cpus_to_the_bit(name: str, dtype: torch.dtype) -> None:
     plane, geometry = POOLS[name]
     pool = with_counts(plane, geometry)
     for relu in (True, False) if pool else (True,):
@@ -310,7 +312,7 @@ def test_multipliers_on_another_stream_and_device_checks() -> None:
         ops.rescale(z, z[:1].cpu(), pool, True, 1e-10)
 
 
-def test_the_hash_sees_every_change() -> None:
+def test_hash_on_a_gpu_sees_every_change() -> None:
     a = torch.randn(1000, device=CUDA)
     b = torch.arange(7, dtype=torch.uint8, device=CUDA)
     own = ops.content_hash([a, b])

@@ -91,7 +91,7 @@ def plain_cost(program, seeds, value):
 
 @settings(max_examples=300, deadline=None)
 @given(programs(), st.integers(1, 60))
-def test_choice_is_minimal(program, seeds):
+def test_chosen_cut_has_the_least_multiplications(program, seeds):
     found = direction.choose(program, seeds, (0,))
     base = len(program.inputs)
     widest = max(seeds, math.prod(program.inputs[0]))  # a value as wide as both ends is no cut
@@ -107,7 +107,7 @@ def test_choice_is_minimal(program, seeds):
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_result_is_the_same(per_sample):
+def test_bottleneck_seeding_changes_no_result(per_sample):
     case = NETWORKS["basset"].small
     model, inputs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
     program = capturing.to_program(model, inputs)

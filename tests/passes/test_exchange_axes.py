@@ -77,7 +77,7 @@ def test_joined_electrodes_are_exchanged_without_copies_inside() -> None:
     assert [w.kernel for w in maps if isinstance(w, Windows)] == [(1, 9), (3, 1)]
 
 
-def test_other_networks_stay_as_they_are() -> None:
+def test_axes_of_other_networks_stay_as_they_are() -> None:
     for layer, shape in (
         (nn.Conv2d(1, 4, (1, 9)), (1, 3, 30)),
         (nn.Conv2d(16, 4, (9, 1)), (16, 30, 3)),  # its channels are neighbours

@@ -123,7 +123,7 @@ def test_nothing_to_narrow_leaves_the_program_as_it_is():
         assert prune(program) == program
 
 
-def test_lines():
+def test_progressions_cover_and_join_positions():
     assert covering([3, 7, 15]) == Progression(3, 4, 4)
     assert covering([5]) == Progression(5, 1, 1)
     assert union(Progression(0, 4, 3), Progression(2, 1, 1)) == Progression(0, 2, 5)

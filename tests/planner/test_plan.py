@@ -119,7 +119,7 @@ def test_groups_are_in_order_and_complete(case):
         ),
     ],
 )
-def test_reasons(program, why):
+def test_steps_without_a_kernel_name_the_reason(program, why):
     (row,) = executor.plan_for(program, 2).steps
     assert row.path == "aten, seeds folded"
     assert why in row.why
@@ -139,7 +139,7 @@ def test_without_the_extension():
     assert p.steps[0].why.startswith("the compiled extension is missing")
 
 
-def test_printing():
+def test_plan_prints_as_a_table():
     text = str(executor.plan_for(split(), 3))
     lines = text.splitlines()
     assert lines[0].split() == ["value", "layer", "form", "shape", "path", "MMAC"]

@@ -27,7 +27,7 @@ def signals(tmp_path_factory):
     return results, model, open_source(x), folder
 
 
-def test_everything_is_on_it_and_nothing_is_loaded(signals):
+def test_report_of_a_run_shows_every_section_and_loads_nothing(signals):
     results, model, source, folder = signals
     path = report(results, folder / "a.html", model=model, source=source, names=["left", "middle", "right"])
     page = path.read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def browse(path: Path, folder: Path, *options: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_a_browser_shows_it_without_a_complaint(signals, tmp_path):
+def test_browser_shows_the_report_without_an_error(signals, tmp_path):
     results, model, source, _ = signals
     page = report(results, tmp_path / "a.html", model=model, source=source)
     picture = tmp_path / "a.png"
@@ -109,7 +109,7 @@ def test_a_browser_shows_it_without_a_complaint(signals, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_a_complaint_would_be_seen(tmp_path):
+def test_browser_errors_reach_the_test(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text("<html><body><script>throw new Error('seen')</script></body></html>")
     done = browse(page, tmp_path, f"--screenshot={tmp_path / 'b.png'}", "--virtual-time-budget=1000")

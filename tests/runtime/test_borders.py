@@ -14,7 +14,7 @@ from tests.support.programs import conv, linear, program
 
 @pytest.mark.parametrize("shape", [(16, 1, 16), (17, 3, 33), (40, 2, 5), (5, 1, 40), (32, 64), (1, 1, 20), (3,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numbers_arrive_at_their_places(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_values_between_torch_and_kernels_keep_their_places(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torchs = Opaque(Call("aten.cumsum.default", (Value(1), 1)), "no form")
     steps = Step(Scale("tanh"), (0,), shape), Step(torchs, (1,), shape), Step(Scale("sin"), (2,), shape)
     program = Program((shape,), steps, 3)

@@ -24,6 +24,13 @@ def net(width: int = 3) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, width)).eval(), torch.randn(5, 6)
 
 
+def partly_nan() -> tuple[nn.Module, Tensor]:
+    """A network and samples whose Jacobians are NaN near the first position only."""
+    x = torch.randn(5, 1, 8)
+    x[:, 0, 0] = float("nan")
+    return nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten()).eval(), x
+
+
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that leave some numbers of every sample wrong, as a wrong fold would."""
@@ -55,11 +62,78 @@ def test_plain_torch_takes_the_place_of_kernels_that_differ(broken, monkeypatch:
     assert oracle.relative_error(prepared(x), oracle.jacobian(model, [x])[1][0]) < 1e-5
 
 
-def test_what_has_been_compared_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [slice(None), slice(0, 1)], ids=["everywhere", "in one number of every sample"])
+def test_kernels_that_give_no_finite_number_differ(monkeypatch: pytest.MonkeyPatch, bad: float, where: slice) -> None:
+    model, x = net()
+    right = ops.chain_vjp
+
+    def wrong(*args):
+        values = right(*args)
+        for result in args[-1]:
+            result.view(result.shape[0], -1)[:, where] = bad
+        return values
+
+    monkeypatch.setattr(ops, "chain_vjp", wrong)
+    with pytest.warns(GradkernWarning, match="first results are not torch's own"):
+        got = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(got, oracle.jacobian(model, [x])[1][0]) < 1e-5
+
+
+def test_kernels_that_hide_a_nan_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's own gradients are NaN, a finite number is as wrong as NaN elsewhere."""
+    model, x = partly_nan()
+    right = ops.chain_vjp
+
+    def wrong(*args):
+        values = right(*args)
+        for result in args[-1]:
+            result.nan_to_num_()
+        return values
+
+    monkeypatch.setattr(ops, "chain_vjp", wrong)
+    with pytest.warns(GradkernWarning, match="first results are not torch's own"):
+        got = gradkern.jacobian(model, x, engine="kernel")
+    assert torch.equal(got.isnan(), oracle.jacobian(model, [x])[1][0].isnan())
+
+
+def test_equal_numbers_that_are_not_finite_are_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finite numbers beside them are compared, and settle it."""
+    model, x = partly_nan()
+    want = oracle.jacobian(model, x)[1][0]
+    assert want.isnan().any()
+    assert want.isfinite().any()
+    program = capturing.to_program(model, (x,))
+    params = dict(capturing.bind(program, model))
+    with torch.no_grad():
+        got = executor.jacobian(program, params, [x])[1][0]
+    assert oracle.relative_error(got, want) < 1e-5
+    calls: list[int] = []
+    plain = reference.jacobian
+    monkeypatch.setattr(reference, "jacobian", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
+    with torch.no_grad():
+        executor.jacobian(program, params, [x])
+    assert not calls
+
+
+def test_numbers_too_large_for_the_dtype_are_no_difference() -> None:
+    """Float64 holds them, and torch's own float32 does not either."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).eval(), torch.randn(5, 6)
+    with torch.no_grad():
+        model[0].weight.mul_(1e25)
+        model[1].weight.mul_(1e25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradkernWarning)
+        got = gradkern.jacobian(model, x, engine="kernel")
+    assert not got.isfinite().all()
+    assert oracle.jacobian(model, x)[1][0].isfinite().all()
+
+
+def test_confirmed_plan_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net()
     program = capturing.to_program(model, (x,))
     params = dict(capturing.bind(program, model))
-    calls = []
+    calls: list[int] = []
     plain = reference.jacobian
     monkeypatch.setattr(reference, "jacobian", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
     with torch.no_grad():
@@ -73,7 +147,7 @@ def test_what_has_been_compared_is_not_compared_again(monkeypatch: pytest.Monkey
     assert not calls
 
 
-def test_another_thread_compares_too(broken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_two_threads_are_both_compared(broken, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a thread compares, the results that another thread gets by the same plan are not trusted yet."""
     model, x = net()
     program = capturing.to_program(model, (x,))
@@ -119,7 +193,7 @@ def test_samples_without_a_gradient_are_moved(broken) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_a_forward_pass(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_forward_values_that_differ_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     model, x = net()
     program = capturing.to_program(model, (x,))
     params = dict(capturing.bind(program, model))
@@ -150,7 +224,7 @@ def test_terms_that_cancel_are_no_difference(dtype: torch.dtype) -> None:
     assert float(got.abs().max()) < 1e-6
 
 
-def test_a_transpose(broken) -> None:
+def test_transpose_that_differs_is_replaced_by_torch(broken) -> None:
     """DeepLift's multipliers are a transpose, whose slopes are tensors."""
     model, x = net()
     with pytest.warns(GradkernWarning, match="first results are not torch's own"):

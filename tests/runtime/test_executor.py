@@ -12,7 +12,7 @@ from gradkern.ir.program import Program, Scale, Step
 from gradkern.runtime import executor
 from tests.cases import BENCH, CASES, TRACEABLE
 from tests.support import oracle
-from tests.support.case_runs import EXACT, exact, parts, program_of, run, worst
+from tests.support.case_runs import EXACT, exact, parts, program_of, run
 
 NAMES = [case.name for case in TRACEABLE]
 SMALL = ("maxpool1d", "maxpool2d_mixed", "conv1d_groups", "residual", "elu", "bn_linear", "softmax", "two_inputs")
@@ -29,7 +29,7 @@ def test_float64_equals_the_oracle(name):
     y, jacobians = run(program, params, inputs)
     want_y, want = exact(name, 3)
     assert oracle.relative_error(y, want_y) <= EXACT
-    assert worst(jacobians, want) <= EXACT
+    assert oracle.largest_error(jacobians, want) <= EXACT
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not CASES[n].opaque])
@@ -62,19 +62,19 @@ def targets_for(outputs: int, n: int, kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["one", "shared", "many", "each"])
 @pytest.mark.parametrize("name", SOME)
-def test_targets(name, kind):
+def test_shared_and_per_sample_targets_equal_the_oracle(name, kind):
     n = 4
     _, inputs, program, params = parts(name, n)
     targets = targets_for(program.outputs, n, kind)
     _, jacobians = run(program, params, inputs, targets)
-    assert worst(jacobians, [oracle.pick(j, targets) for j in exact(name, n)[1]]) <= EXACT
+    assert oracle.largest_error(jacobians, [oracle.pick(j, targets) for j in exact(name, n)[1]]) <= EXACT
 
 
 @pytest.mark.parametrize("wrt", [(0,), (1,), (1, 0)])
-def test_some_of_the_inputs(wrt):
+def test_jacobian_of_some_inputs_equals_the_oracle(wrt):
     _, inputs, program, params = parts("two_inputs", 4)
     _, jacobians = run(program, params, inputs, None, wrt)
-    assert worst(jacobians, [exact("two_inputs", 4)[1][w] for w in wrt]) <= EXACT
+    assert oracle.largest_error(jacobians, [exact("two_inputs", 4)[1][w] for w in wrt]) <= EXACT
 
 
 def test_an_input_that_nothing_reads_has_zeros():
@@ -88,16 +88,16 @@ def test_an_input_that_nothing_reads_has_zeros():
 
 
 @pytest.mark.parametrize("name", ["maxpool1d", "two_inputs", "resnet1d_opaque"])
-def test_one_sample_and_none(name):
+def test_executor_with_one_sample_and_with_none(name):
     _, inputs, program, params = parts(name, 1)
-    assert worst(run(program, params, inputs)[1], exact(name, 1)[1]) <= EXACT
+    assert oracle.largest_error(run(program, params, inputs)[1], exact(name, 1)[1]) <= EXACT
     y, jacobians = run(program, params, tuple(x[:0] for x in inputs))
     assert y.shape == (0, *program.output_shape)
     assert y.dtype == torch.float64
     assert [j.shape for j in jacobians] == [(0, program.outputs, *x.shape[1:]) for x in inputs]
 
 
-def test_no_target():
+def test_executor_without_targets_returns_the_output_alone():
     _, inputs, program, params = parts("maxpool1d", 3)
     y, (jac,) = run(program, params, inputs, torch.zeros(0, dtype=torch.int64))
     assert jac.shape == (3, 0, *inputs[0].shape[1:])
@@ -118,17 +118,17 @@ def test_layouts_of_inputs_and_outputs(name):
     want = exact(name, 4)[1]
     strided = x.transpose(0, -1).contiguous().transpose(0, -1)
     assert not strided.is_contiguous()
-    assert worst(run(program, params, (strided,))[1], want) <= EXACT
+    assert oracle.largest_error(run(program, params, (strided,))[1], want) <= EXACT
     wide = torch.full((4, 2 * program.outputs, *x.shape[1:]), math.nan, dtype=torch.float64)
     out = wide[:, ::2]
     executor.jacobian(program, params, (x,), out=(out,))
-    assert worst((out,), want) <= EXACT
+    assert oracle.largest_error((out,), want) <= EXACT
     assert wide[:, 1::2].isnan().all()
     halves = torch.empty(4, program.outputs, *x.shape[1:], dtype=torch.float32)
     executor.jacobian(program, params, (x,), out=(halves,))
-    assert worst((halves,), want) <= 1e-6
+    assert oracle.largest_error((halves,), want) <= 1e-6
     expanded = x[:1].expand(4, *x.shape[1:])
-    assert worst(run(program, params, (expanded,))[1], [w[:1].expand_as(w) for w in want]) <= EXACT
+    assert oracle.largest_error(run(program, params, (expanded,))[1], [w[:1].expand_as(w) for w in want]) <= EXACT
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_layouts_of_inputs_and_outputs(name):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["lenet5", "bn_linear", "residual", "maxpool1d_ceil"])
-def test_block_boundaries(name, threads):
+def test_batches_at_block_boundaries_equal_the_oracle(name, threads):
     """One sample more and less than a block, for any number of threads; every sample as if it were alone."""
     _, inputs, program, params = parts(name, 66)
     want_y, want = exact(name, 66)
@@ -147,20 +147,20 @@ def test_block_boundaries(name, threads):
     for n in {1, block - 1, block, block + 1, 2 * block - 1, 2 * block + 1} & set(range(1, 67)):
         y, jacobians = run(program, params, tuple(x[:n] for x in inputs))
         assert oracle.relative_error(y, want_y[:n]) <= EXACT
-        assert worst(jacobians, [w[:n] for w in want]) <= EXACT
+        assert oracle.largest_error(jacobians, [w[:n] for w in want]) <= EXACT
 
 
 @pytest.mark.parametrize(
     "constants", [{"SEED_BYTES": 1}, {"BLOCK_BYTES": 1}, {"L1_BYTES": 0}, {"MAX_BLOCK": 1}, {"L1_BYTES": 1 << 30}]
 )
 @pytest.mark.parametrize("name", [*SMALL, "lenet5", "conv_output"])
-def test_small_scratch(name, constants, monkeypatch, fresh):
+def test_small_scratch_changes_no_result(name, constants, monkeypatch, fresh):
     for key, value in constants.items():
         monkeypatch.setattr(emitters if key == "L1_BYTES" else scratch, key, value)
     _, inputs, program, params = parts(name, 9)
     targets = targets_for(program.outputs, 9, "many")
     _, jacobians = run(program, params, inputs, targets)
-    assert worst(jacobians, [oracle.pick(j, targets) for j in exact(name, 9)[1]]) <= EXACT
+    assert oracle.largest_error(jacobians, [oracle.pick(j, targets) for j in exact(name, 9)[1]]) <= EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -35,7 +35,7 @@ def messages(caught: list[warnings.WarningMessage]) -> list[str]:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_weights_that_are_not_finite(bad: float):
+def test_non_finite_weights_fall_back_to_torch(bad: float):
     """Warned of once; the values are the reference's, and finite weights are run by kernels again."""
     p, x = classifier(), torch.randn(2, 1, 8)
     params = weights(bad)
@@ -50,28 +50,28 @@ def test_weights_that_are_not_finite(bad: float):
     assert messages(caught) == []
 
 
-def test_weights_of_another_dtype():
+def test_weights_of_another_dtype_fall_back_to_torch():
     p, x = classifier(), torch.randn(2, 1, 8)
     params = {name: w.double() for name, w in weights().items()}
     with pytest.warns(gradkern.GradkernWarning, match=OTHER_DTYPE), pytest.raises(RuntimeError):
         executor.jacobian(p, params, [x])  # torch itself refuses them
 
 
-def test_a_value_of_another_dtype():
+def test_value_of_another_dtype_falls_back_to_torch():
     p = program(Step(Sum(), (0, 1), (4, 8)), inputs=((4, 8), (4, 8)))
     inputs = [torch.randn(2, 4, 8), torch.randn(2, 4, 8, dtype=torch.float64)]
     with pytest.warns(gradkern.GradkernWarning, match=r"value v1 is torch\.float64"):
         executor.jacobian(p, {}, inputs)
 
 
-def test_values_of_a_forward_pass():
+def test_forward_values_fall_back_to_torch():
     p, x = classifier(), torch.randn(2, 1, 8)
     assert set(executor.forward_values(p, weights(), [x], [1])) == {1}
     with pytest.warns(gradkern.GradkernWarning, match=NOT_FINITE):
         assert executor.forward_values(p, weights(math.nan), [x], [1]) == {}
 
 
-def test_the_transpose_of_a_linear_program():
+def test_transposes_fall_back_to_torch():
     p = program(dense(5, 4, 0), Step(Given(), (2, 1), (5,)), inputs=((4,), (5,)))
     values, out = [torch.randn(2, 4), torch.randn(2, 5)], [torch.empty(2, 5, 4)]
     executor.transpose(p, weights(), values, torch.arange(5), (0,), out)
@@ -82,7 +82,7 @@ def test_the_transpose_of_a_linear_program():
         executor.transpose(p, weights(math.inf), values, torch.arange(5), (0,), out)
 
 
-def test_explain_says_it():
+def test_explain_names_the_weights_that_keep_kernels_out():
     """For the weights that the model has now; the plan itself stays as it is."""
     model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(2, 4)
     assert gradkern.explain(model, x, show=False).native_share == 1

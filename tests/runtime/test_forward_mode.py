@@ -20,7 +20,7 @@ from gradkern.runtime import executor, reference
 from gradkern.runtime.parameters import bind
 from tests.cases import TRACEABLE
 from tests.support import capturing, oracle
-from tests.support.case_runs import EXACT, exact, parts, run, worst
+from tests.support.case_runs import EXACT, exact, parts, run
 from tests.support.modules import decoder
 from tests.support.properties import FAST, FUZZ, agrees, questions
 from tests.support.random_programs import programs
@@ -37,7 +37,7 @@ def forward_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @settings(FAST, max_examples=FUZZ or 150, derandomize=not FUZZ)
 @given(questions(programs()), st.sampled_from([0, 1, 1.25]))
-def test_random_programs(question, cut_worthwhile):
+def test_random_programs_in_forward_mode_equal_the_reference(question, cut_worthwhile):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direction, "FORWARD_WORTHWHILE", 0)
         patch.setattr(direction, "CUT_WORTHWHILE", cut_worthwhile)
@@ -47,12 +47,12 @@ def test_random_programs(question, cut_worthwhile):
 
 
 @pytest.mark.parametrize("name", [case.name for case in TRACEABLE if not case.opaque])
-def test_every_case(name, forward_mode):
+def test_every_case_in_forward_mode_equals_the_oracle(name, forward_mode):
     _, inputs, program, params = parts(name, 3)
     y, jacobians = run(program, params, inputs)
     want_y, want = exact(name, 3)
     assert oracle.relative_error(y, want_y) <= EXACT
-    assert worst(jacobians, want) <= EXACT
+    assert oracle.largest_error(jacobians, want) <= EXACT
 
 
 @pytest.mark.parametrize("name", ["decoder", "emulator"])
@@ -70,10 +70,10 @@ def test_few_inputs_and_many_outputs(name):
         assert oracle.relative_error(got, want if targets is None else oracle.pick(want, targets)) <= EXACT
     few = torch.tensor([program.outputs - 1])
     assert not isinstance(executor.plan_for(program, 1, torch.float64), ForwardPlan)
-    assert worst(run(program, params, inputs, few)[1], [oracle.pick(want, few)]) <= EXACT
+    assert oracle.largest_error(run(program, params, inputs, few)[1], [oracle.pick(want, few)]) <= EXACT
 
 
-def test_every_public_call_has_it():
+def test_every_public_call_takes_forward_mode():
     model, x = decoder().double().eval(), torch.randn(3, 4, dtype=torch.float64)
     (want,) = oracle.jacobian(model, (x,))[1]
     shaped = want.view(3, 1, 12, 12, 4)
@@ -83,7 +83,7 @@ def test_every_public_call_has_it():
     assert oracle.relative_error(torch.cat(pieces), shaped) <= EXACT
 
 
-def test_a_sample_does_not_depend_on_its_neighbours():
+def test_tangents_of_a_sample_alone_and_in_a_batch_are_bit_equal():
     _, inputs, program, params = parts("decoder", 5)
     _, (together,) = run(program, params, inputs)
     for n in range(5):

@@ -51,7 +51,7 @@ def failures() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("isa", supported())
-def test_agrees_with_the_oracle(isa, failures):
+def test_every_instruction_set_equals_the_oracle(isa, failures):
     assert failures[isa] == ""
 
 
@@ -62,12 +62,12 @@ def flags() -> set[str]:
 
 
 @pytest.mark.skipif(not CPUINFO.exists(), reason="no /proc/cpuinfo")
-def test_the_sets_are_those_of_the_processor():
+def test_instruction_sets_are_those_of_the_processor():
     has = flags()
     assert supported() == [name for name in KNOWN if NEEDS.get(name, set()) <= has]
 
 
-def test_the_best_set_is_used_unless_another_is_named():
+def test_best_instruction_set_is_used_unless_another_is_named():
     assert ops.machine().isa == (os.environ.get("GRADKERN_ISA") or supported()[0])
 
 

@@ -35,7 +35,7 @@ def make_local(monkeypatch, tile):
 
 @settings(FAST, max_examples=FUZZ or 200, derandomize=not FUZZ)
 @given(questions(programs()), st.sampled_from([1, 2, 7]))
-def test_random_programs(question, tile):
+def test_random_programs_with_local_seeds_equal_the_reference(question, tile):
     with pytest.MonkeyPatch.context() as patch:
         make_local(patch, tile)
         gradkern.reset()
@@ -43,11 +43,11 @@ def test_random_programs(question, tile):
     gradkern.reset()
 
 
-def test_an_index_of_nothing_moves_nothing():
+def test_expanding_no_runs_gives_no_offsets():
     assert [offsets.tolist() for offsets in local.expand_runs([])] == [[], []]
 
 
-class Net(nn.Module):
+class Row(nn.Module):
     """``layers`` in a row; ``skip`` adds the input of the second half to its result."""
 
     def __init__(self, *layers: nn.Module, skip: bool = False) -> None:
@@ -86,32 +86,32 @@ class UNet(nn.Module):
 
 
 NETWORKS = {
-    "dilated": (lambda: Net(nn.Conv1d(2, 5, 5, dilation=3), nn.ReLU(), nn.Conv1d(5, 3, 3, dilation=5, padding=5)), 60),
-    "strided": (lambda: Net(nn.Conv1d(2, 5, 4, stride=3, padding=2), nn.ReLU(), nn.Conv1d(5, 3, 3, stride=2)), 60),
+    "dilated": (lambda: Row(nn.Conv1d(2, 5, 5, dilation=3), nn.ReLU(), nn.Conv1d(5, 3, 3, dilation=5, padding=5)), 60),
+    "strided": (lambda: Row(nn.Conv1d(2, 5, 4, stride=3, padding=2), nn.ReLU(), nn.Conv1d(5, 3, 3, stride=2)), 60),
     "transposed": (
-        lambda: Net(nn.Conv1d(2, 4, 5, stride=4), nn.ReLU(), nn.ConvTranspose1d(4, 3, 5, stride=3, padding=1)), 30
+        lambda: Row(nn.Conv1d(2, 4, 5, stride=4), nn.ReLU(), nn.ConvTranspose1d(4, 3, 5, stride=3, padding=1)), 30
     ),
     "few_inputs": (
-        lambda: Net(nn.Conv1d(2, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose1d(4, 3, 5, stride=3, padding=1)), 30
+        lambda: Row(nn.Conv1d(2, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose1d(4, 3, 5, stride=3, padding=1)), 30
     ),
     "pools": (
-        lambda: Net(nn.Conv1d(2, 18, 3), nn.ReLU(), nn.MaxPool1d(3, 2, 1), nn.Conv1d(18, 4, 2), nn.AvgPool1d(3, 2, 1)),
+        lambda: Row(nn.Conv1d(2, 18, 3), nn.ReLU(), nn.MaxPool1d(3, 2, 1), nn.Conv1d(18, 4, 2), nn.AvgPool1d(3, 2, 1)),
         50,
     ),
-    "depthwise": (lambda: Net(nn.Conv1d(4, 4, 3, groups=4, dilation=2), nn.GELU(), nn.Conv1d(4, 6, 3, groups=2)), 40),
+    "depthwise": (lambda: Row(nn.Conv1d(4, 4, 3, groups=4, dilation=2), nn.GELU(), nn.Conv1d(4, 6, 3, groups=2)), 40),
     "residual": (
-        lambda: Net(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=2, dilation=2), nn.Softplus(), skip=True),
+        lambda: Row(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=2, dilation=2), nn.Softplus(), skip=True),
         40,
     ),
-    "softmax": (lambda: Net(nn.Conv1d(2, 4, 3), nn.Softmax(1), nn.Conv1d(4, 3, 3), nn.Sigmoid()), 40),
-    "everywhere": (lambda: Net(nn.Conv1d(2, 4, 3), nn.Softmax(2), nn.Conv1d(4, 3, 3)), 30),
+    "softmax": (lambda: Row(nn.Conv1d(2, 4, 3), nn.Softmax(1), nn.Conv1d(4, 3, 3), nn.Sigmoid()), 40),
+    "everywhere": (lambda: Row(nn.Conv1d(2, 4, 3), nn.Softmax(2), nn.Conv1d(4, 3, 3)), 30),
     "unet": (UNet, 32),
     "bpnet": (lambda: BPNet(3, 3, 2, trim=5), 60),
-    "image": (lambda: Net(nn.Conv2d(2, 17, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(17, 3, (2, 3))), 12),
+    "image": (lambda: Row(nn.Conv2d(2, 17, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(17, 3, (2, 3))), 12),
     "image_up": (
-        lambda: Net(nn.Conv2d(2, 4, 3, 2), nn.ELU(), nn.ConvTranspose2d(4, 2, 3, 2), nn.ZeroPad2d((1, -2, 2, 0))), 11
+        lambda: Row(nn.Conv2d(2, 4, 3, 2), nn.ELU(), nn.ConvTranspose2d(4, 2, 3, 2), nn.ZeroPad2d((1, -2, 2, 0))), 11
     ),
-    "linear": (lambda: Net(nn.Flatten(), nn.Linear(80, 90), nn.ReLU(), nn.Linear(90, 150)), 40),
+    "linear": (lambda: Row(nn.Flatten(), nn.Linear(80, 90), nn.ReLU(), nn.Linear(90, 150)), 40),
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def parts(name, n):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_equal_the_oracle(name, always_local):
+def test_networks_with_local_seeds_equal_the_oracle(name, always_local):
     net, x, program, params = parts(name, 2)
     want = oracle.jacobian(net, x)[1][0]
     random = torch.Generator().manual_seed(1)
@@ -174,7 +174,7 @@ def test_threads_share_the_seeds_of_one_sample(name):
 
 def test_slopes_that_are_not_finite_reach_everything(always_local):
     """0 · Inf is NaN in torch, also where no seed reaches."""
-    net = Net(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Conv1d(2, 1, 1)).double()
+    net = Row(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Conv1d(2, 1, 1)).double()
     program = capturing.to_program(RootOf(net), (torch.randn(2, 1, 12, dtype=torch.float64),))
     params = bind(program, RootOf(net))
     x = torch.randn(3, 1, 12, dtype=torch.float64) + 3

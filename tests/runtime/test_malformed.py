@@ -51,7 +51,7 @@ def fresh() -> dict[str, Any]:
 
 @examples
 @given(st.lists(INTEGERS, max_size=4), st.sampled_from([None, 1, 2]))
-def test_targets_out_of_range(values: list[int], rows: int | None) -> None:
+def test_targets_out_of_range_write_nothing_elsewhere(values: list[int], rows: int | None) -> None:
     found = fresh()
     n, outputs = found["inputs"][0].shape[0], found["outputs"][0].shape[1]
     targets = torch.tensor(values, dtype=torch.int64)
@@ -71,7 +71,7 @@ def test_targets_out_of_range(values: list[int], rows: int | None) -> None:
 
 @examples
 @given(st.sampled_from(["inputs", "targets", "seed_rows", "outputs", "forward", "backward"]), ANY, INTEGERS)
-def test_tensors_of_any_kind(name: str, value: Tensor, tile: int) -> None:
+def test_ops_survive_tensors_of_any_shape_and_dtype(name: str, value: Tensor, tile: int) -> None:
     found = fresh()
     found[name] = [value] if isinstance(found[name], list) else value
     found["seed_tile"] = min(tile, 0)  # an error in any case

@@ -56,7 +56,7 @@ def agrees(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", NETS)
-def test_one_bad_number_in_a_sample(name, bad):
+def test_non_finite_number_in_a_sample_changes_no_other_sample(name, bad):
     model, x = net(name)
     clean = gradkern.jacobian(model, x, engine="kernel")
     x[2].view(-1)[x[2].numel() // 2] = bad
@@ -68,7 +68,7 @@ def test_one_bad_number_in_a_sample(name, bad):
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", ["relu", "maxpool", "maxpool2d", "tanh", "maxpool_overlap"])
-def test_a_whole_bad_sample(name, bad):
+def test_sample_of_non_finite_numbers_alone_equals_the_oracle(name, bad):
     model, x = net(name)
     x[0] = bad
     agrees(gradkern.jacobian(model, x, engine="kernel"), oracle.jacobian(model, x)[1][0])
@@ -77,7 +77,7 @@ def test_a_whole_bad_sample(name, bad):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("layer", [0, -1])
 @pytest.mark.parametrize("name", ["relu", "maxpool", "bn", "maxpool2d"])
-def test_a_bad_weight(name, layer, bad):
+def test_non_finite_weight_spreads_as_in_torch(name, layer, bad):
     """Nothing may be skipped then: 0 · Inf is NaN."""
     model, x = net(name)
     with torch.no_grad():
@@ -158,7 +158,7 @@ class Each(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", [f for f in FUNCTIONS if f not in (*RECTIFYING, "negative_part", "affine")])
-def test_every_function_where_numbers_end(name, dtype):
+def test_every_function_at_the_largest_and_smallest_numbers_is_torchs(name, dtype):
     """Values and derivatives at NaN, at both infinities and at both zeros are those of torch's vector loops.
 
     Not GELU at +Inf in float, which torch makes NaN.
@@ -184,7 +184,7 @@ class Square(nn.Module):
         return x.square()
 
 
-def test_every_case_stands_a_nan_sample():
+def test_nan_sample_changes_no_other_sample_of_any_case():
     """No crash, and the other samples as they were, in every network with a kernel."""
     for name in (
         "lenet5",

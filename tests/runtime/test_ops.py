@@ -83,7 +83,7 @@ def test_opcheck_hash():
 
 
 @pytest.mark.parametrize("message", [*WRONG_CHAIN, *WRONG_SEEDS])
-def test_wrong_arguments(message):
+def test_vjp_refuses_wrong_arguments(message):
     found = arguments()
     (WRONG_CHAIN | WRONG_SEEDS)[message](found)
     with pytest.raises((RuntimeError, IndexError), match=message.replace("expected.*", "targets must be .*")):
@@ -91,7 +91,7 @@ def test_wrong_arguments(message):
 
 
 @pytest.mark.parametrize("message", WRONG_CHAIN)
-def test_wrong_arguments_of_the_forward(message):
+def test_forward_refuses_wrong_arguments(message):
     found = arguments()
     WRONG_CHAIN[message](found)
     with pytest.raises(RuntimeError, match=message):
@@ -99,14 +99,14 @@ def test_wrong_arguments_of_the_forward(message):
 
 
 @pytest.mark.parametrize("message", WRONG_COTANGENTS)
-def test_wrong_cotangents(message):
+def test_vjp_refuses_wrong_cotangents(message):
     found = arguments(group=True)
     WRONG_COTANGENTS[message](found)
     with pytest.raises(RuntimeError, match=message):
         G.chain_vjp(*found.values())
 
 
-def test_other_dtypes():
+def test_ops_refuse_dtypes_without_kernels():
     found = arguments()
     found.update(inputs=[x.half() for x in found["inputs"]], packed=found["packed"].half())
     with pytest.raises(RuntimeError, match="take float32 or float64, got Half"):

@@ -86,7 +86,7 @@ def new_parameter(model: nn.Module) -> None:
     [fused_step, in_place, by_data, numpy_view, assigned, loaded, vector, recalibrated, replaced, new_parameter],
     ids=lambda f: f.__name__,
 )
-def test_values_are_those_of_now(change) -> None:
+def test_bound_values_follow_every_edit(change) -> None:
     model = CASES["residual"].build()
     capture, inputs = GraphCache(), CASES["residual"].inputs(3)
     graph = capture.capture(model, stand_ins(inputs)).graph
@@ -117,7 +117,7 @@ def test_bound_tensors_are_the_live_ones() -> None:
     assert bound["0.weight"].data_ptr() == model[0].weight.data_ptr()
 
 
-def test_missing_names_are_told() -> None:
+def test_missing_parameter_is_an_error_that_names_it() -> None:
     model = CASES["residual"].build()
     model.fc = nn.Identity()
     with pytest.raises((KeyError, AttributeError)):

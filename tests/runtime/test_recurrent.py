@@ -11,7 +11,7 @@ from tests.support import capturing, oracle
 from tests.support.capturing import bind
 
 
-class Net(nn.Module):
+class ReadsRecurrentLayer(nn.Module):
     """A recurrent layer and what is read of it."""
 
     def __init__(self, layer, read):
@@ -37,9 +37,9 @@ OPTIONS = {
 @pytest.mark.parametrize("read", ["all", "last", "state"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
-def test_exact_and_fused(layer, options, read):
+def test_recurrent_networks_are_exact_and_fused(layer, options, read):
     torch.manual_seed(0)
-    model = Net(layer(3, 4, batch_first=True, **OPTIONS[options]), read).double().eval()
+    model = ReadsRecurrentLayer(layer(3, 4, batch_first=True, **OPTIONS[options]), read).double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     capturing.verify(program, model, (x,))
@@ -51,7 +51,7 @@ def test_exact_and_fused(layer, options, read):
 
 def test_relu_rnn():
     torch.manual_seed(0)
-    model = Net(nn.RNN(3, 4, nonlinearity="relu", batch_first=True), "all").double().eval()
+    model = ReadsRecurrentLayer(nn.RNN(3, 4, nonlinearity="relu", batch_first=True), "all").double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
@@ -78,7 +78,7 @@ def test_the_cotangent_is_not_written_to(kind, n, s, t):
 @pytest.mark.parametrize("walk", ["compiled", "torch"])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("kind", recurrent.SLOPES)
-def test_both_walks(kind, biases, walk, monkeypatch):
+def test_walk_back_through_time_is_torchs_on_kernels_and_without(kind, biases, walk, monkeypatch):
     """Both directions, more samples than a block has, cotangents and inputs of any strides."""
     if walk == "torch":
         monkeypatch.setattr(ops, "_native", lambda *_: False)
@@ -103,7 +103,7 @@ def test_both_walks(kind, biases, walk, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", recurrent.KINDS)
-def test_forward(kind, dtype):
+def test_recurrent_forward_kernel_equals_torch(kind, dtype):
     """Of more samples than a block has, in several layers and both directions, against torch."""
     torch.manual_seed(0)
     make = {"lstm": nn.LSTM, "gru": nn.GRU}.get(kind, nn.RNN)
@@ -158,7 +158,7 @@ def test_steps_that_no_cotangent_has_reached(kind, bad):
         ({"result": torch.zeros(2, 1, 5, 4)}, "result must be"),
     ],
 )
-def test_wrong_arguments(change, message):
+def test_recurrent_op_refuses_wrong_arguments(change, message):
     ops.extension()
     given = {"g": torch.zeros(2, 1, 5, 4), "x": torch.zeros(2, 5, 3), "y": torch.zeros(2, 5, 4), "cell": 3}
     given |= {"weights": [torch.zeros(16, 3), torch.zeros(16, 4)], "reverse": False, "add": False}

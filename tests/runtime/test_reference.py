@@ -44,7 +44,7 @@ def test_float32_jacobian_of_the_measured_networks(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "lstm", "two_inputs", "conv_output", "scalar_output"])
-def test_targets(name: str) -> None:
+def test_reference_targets_equal_the_oracle(name: str) -> None:
     case = CASES[name]
     model, program = lowered(name)
     inputs = case.inputs(3, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_targets(name: str) -> None:
             assert oracle.relative_error(g, oracle.pick(w, targets)) < 1e-10
 
 
-def test_wrt() -> None:
+def test_reference_of_some_inputs() -> None:
     case = CASES["two_inputs"]
     model, program = lowered("two_inputs")
     inputs = case.inputs(3, dtype=torch.float64)

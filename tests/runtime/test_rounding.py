@@ -11,7 +11,7 @@ from gradkern.runtime import executor, reference
 
 @pytest.mark.parametrize("shape", [(288,), (3, 288), (2, 3, 288), (2, 288, 3), (288, 5)], ids=str)
 @pytest.mark.parametrize("function", ["softmax", "normalize"])
-def test_sums_of_a_long_line(shape: tuple[int, ...], function: str) -> None:
+def test_sums_of_many_terms_round_no_worse_than_torchs(shape: tuple[int, ...], function: str) -> None:
     axis = shape.index(288)
     program = Program((shape,), (Step(LowRank(function, axis, (1e-5,) * (function == "normalize")), (0,), shape),), 1)
     x = torch.randn(100, *shape) * 5 + 20  # a few entries dominate a softmax; the others are lost beside a running sum
@@ -24,7 +24,7 @@ def test_sums_of_a_long_line(shape: tuple[int, ...], function: str) -> None:
 
 
 @pytest.mark.parametrize(("function", "end"), [("tanh", 9.0), ("sigmoid", 17.0)])
-def test_slopes_where_a_function_saturates(function: str, end: float) -> None:
+def test_slopes_of_saturated_functions_round_no_worse_than_torchs(function: str, end: float) -> None:
     """``1 - y`` of a ``y`` that is rounded to float would be off by the whole slope."""
     steps = Step(Scale(function), (0,), (64,)), Step(Contract(Dense(), Param("w")), (1,), (1,))
     program, x = Program(((64,),), steps, 2), torch.linspace(-end, end, 64).unsqueeze(0)

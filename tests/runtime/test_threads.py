@@ -16,11 +16,12 @@ from gradkern.attr import Saliency
 from gradkern.dispatch import state
 from gradkern.runtime import ops
 from tests.cases import CASES
-from tests.support.case_runs import EXACT, exact, parts, run, worst
+from tests.support import oracle
+from tests.support.case_runs import EXACT, exact, parts, run
 
 THREADS = 4
 SMALL = ("maxpool1d", "maxpool2d_mixed", "conv1d_groups", "residual", "elu", "bn_linear", "softmax", "two_inputs")
-pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+pytestmark = [pytest.mark.real_export, pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")]
 
 
 def together(*jobs):
@@ -182,7 +183,7 @@ def test_the_engine_in_many_threads_at_once():
     def work(k: int) -> None:
         for r in range(12):
             name, (inputs, program, params), want = jobs[(k + r) % len(jobs)]
-            if worst(run(program, params, inputs)[1], want) > EXACT:
+            if oracle.largest_error(run(program, params, inputs)[1], want) > EXACT:
                 wrong.append(name)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]

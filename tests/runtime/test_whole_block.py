@@ -23,7 +23,9 @@ GROUPED = nn.Sequential(
 @pytest.mark.parametrize(
     ("model", "shape"), [(POOLED, (2, 9, 7)), (GROUPED, (3, 15))], ids=["pooled", "groups and dilation"]
 )
-def test_agrees_with_the_oracle(model: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_over_a_whole_block_equal_the_oracle(
+    model: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(emitters, "LARGE_WEIGHT_BYTES", 0)
     model = model.double().eval()
     x = torch.randn(11, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

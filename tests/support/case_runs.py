@@ -50,10 +50,6 @@ def exact(name: str, n: int, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]
     return oracle.jacobian(case.build(dtype=torch.float64), case.inputs(n, seed=seed, dtype=torch.float64))
 
 
-def worst(got, want) -> float:
-    return max(oracle.relative_error(g, w) for g, w in zip(got, want, strict=True))
-
-
 @cache
 def lowered(name: str) -> tuple[nn.Module, Program]:
     """A float64 network of the table and its verified Program."""

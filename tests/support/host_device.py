@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import inspect
 import os
 import subprocess
 import tempfile
@@ -258,6 +259,11 @@ class Launchers(HostDevice):
             mock.patch.object(torch.ops.gradkern, name, functools.partial(self.redispatched, name))
             for name in self.NAMES
         ]
+
+    def vjps(self) -> list[dict[str, Any]]:
+        """The arguments of every call of ``chain_vjp``, by name."""
+        signature = inspect.signature(self.chain_vjp)
+        return [signature.bind(*args).arguments for name, args in self.calls if name == "chain_vjp"]
 
     def redispatched(self, name: str, *args: Any) -> Any:
         """Call what torch would call for CUDA tensors."""

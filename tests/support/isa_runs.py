@@ -19,7 +19,7 @@ import torch
 from gradkern.runtime import ops
 from tests.cases import CASES
 from tests.support import oracle
-from tests.support.case_runs import EXACT, exact, parts, run, worst
+from tests.support.case_runs import EXACT, exact, parts, run
 
 SIZES = (1, 7)
 SAMPLES = 16  # samples of the float32 run
@@ -33,7 +33,7 @@ def check(isa: str, single: dict[str, tuple[torch.Tensor, ...]], names: list[str
         for n in SIZES:
             _, inputs, program, params = parts(name, n)
             y, jacobians = run(program, params, inputs)
-            error = worst((y, *jacobians), (exact(name, n)[0], *exact(name, n)[1]))
+            error = oracle.largest_error((y, *jacobians), (exact(name, n)[0], *exact(name, n)[1]))
             assert error <= EXACT, (name, n, error)
         if name in single:
             _, inputs, program, params = parts(name, SAMPLES, torch.float32)

@@ -44,12 +44,13 @@ def wait_for(out: str, chunks: int) -> None:
 
 
 def kill_runs(out: str, samples: int, kills: int, seed: int) -> dict[str, Any]:
-    """Returns the number of killed runs, the finished chunks after each, and the exit code of the last run."""
+    """Returns the number of killed runs, the finished chunks after each, how many of them were killed before there was
+    a store, and the exit code of the last run."""
     model, x = problem(samples)
     gradkern.prepare(model, x)
     gradkern.jacobian(model, x[:CHUNK], engine="kernel")
     rng = random.Random(seed)
-    killed, finished = 0, []
+    killed, unmade, finished = 0, 0, []
     while killed < kills:
         pid = forks.start(lambda: run(model, x, out, **OPTIONS))
         if rng.random() < 0.75:  # while it works: some chunks further than the last one got
@@ -59,7 +60,7 @@ def kill_runs(out: str, samples: int, kills: int, seed: int) -> dict[str, Any]:
             time.sleep(rng.uniform(0.0, 0.2))
         os.kill(pid, signal.SIGKILL)
         assert forks.end(pid) == -signal.SIGKILL, f"a run ended before it was killed, after {killed} kills"
-        killed += 1
+        killed, unmade = killed + 1, unmade + (not Path(out).exists())
         finished.append(count(out))
     status = forks.end(forks.start(lambda: run(model, x, out, **OPTIONS)))
-    return {"killed": killed, "finished": finished, "status": status}
+    return {"killed": killed, "finished": finished, "unmade": unmade, "status": status}

@@ -46,12 +46,37 @@ def pick(jac: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([jac[n, targets[n]] for n in range(jac.shape[0])])
 
 
+def differences(got: Tensor, want: Tensor) -> Tensor:
+    """``|got - want|``, number by number: 0 for two equal infinities or two NaN, infinite if only one is finite.
+
+    A comparison with NaN is false.  So every bound is a bound of these, which are never NaN.
+    """
+    got = got.to(want.dtype)
+    same = (got == want) | (got.isnan() & want.isnan())
+    return (got - want).abs().masked_fill(same, 0.0).nan_to_num(torch.inf, torch.inf)
+
+
+def largest(t: Tensor) -> Tensor:
+    """The largest magnitude of the finite numbers of ``t``, 0 if there are none."""
+    return t.abs().nan_to_num(0.0, 0.0, 0.0).amax() if t.numel() else torch.zeros(())
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The largest absolute difference over the largest magnitude of what is right (0 where both are empty)."""
-    if want.numel() == 0:
-        return 0.0
-    scale = max(float(want.abs().max()), 1e-30)
-    return float((got.to(want.dtype) - want).abs().max()) / scale
+    """The largest difference over the largest magnitude of what is right (0 where both are empty); never NaN."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float(differences(got, want).max() / largest(want).clamp_min(1e-30)) if want.numel() else 0.0
+
+
+def largest_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """The largest `relative_error` of several results."""
+    return max(relative_error(g, w) for g, w in zip(got, want, strict=True))
+
+
+def sample_errors(got: Tensor, want: Tensor) -> Tensor:
+    """``[N]``: the largest difference of each sample over the largest magnitude of what is right; never NaN."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    scale = want.abs().nan_to_num(0.0, 0.0, 0.0).flatten(1).amax(1).clamp_min(1e-30)
+    return differences(got, want).flatten(1).amax(1) / scale
 
 
 def disagreeing(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> float:
@@ -60,11 +85,7 @@ def disagreeing(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> float:
     In float32 an activation within rounding of a kink flips the pattern of its sample, and that sample's gradient
     jumps; every other sample agrees to rounding.  So float32 tests bound this share instead of the largest error.
     """
-    if want.shape[0] == 0:
-        return 0.0
-    difference = (got.to(want.dtype) - want).abs().flatten(1).amax(1)  # [N]
-    scale = want.abs().flatten(1).amax(1).clamp_min(1e-30)  # [N]
-    return float((difference / scale > tolerance).double().mean())
+    return float((sample_errors(got, want) > tolerance).double().mean()) if len(want) else 0.0
 
 
 def as_tuple(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gradkern.codegen.unit_graph import GraphBuilder
+from gradkern.codegen.units import UnitGraph
 from gradkern.ir.indexing import identity
 from gradkern.ir.program import (
     Channels,
@@ -66,3 +68,8 @@ def classifier(activation: Scale = RELU, *, channels: int = 1) -> Program:
         Step(linear(), (3,), (3,)),
         inputs=((channels, 8),),
     )
+
+
+def units_of(p: Program) -> UnitGraph:
+    """The units and nodes of a whole program, with its output as the only result."""
+    return GraphBuilder(p, list(range(len(p.steps))), [p.output]).build()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.support.case import randomise_norm
 
@@ -14,6 +14,20 @@ def build(make, *args):
     for module in model.modules():
         randomise_norm(module)
     return model.eval()
+
+
+class UsedOnce(nn.Module):
+    """Modules that are used once, and no ReLU directly before a max pool: Captum is right on it, for every method."""
+
+    def __init__(self, features: int, classes: int = 3) -> None:
+        super().__init__()
+        self.conv1, self.act1, self.pool = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2)
+        self.conv2, self.act2 = nn.Conv2d(4, 5, 2), nn.Tanh()
+        self.fc1, self.act3, self.fc2 = nn.Linear(features, 6), nn.ReLU(), nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act2(self.conv2(self.pool(self.act1(self.conv1(x)))))
+        return self.fc2(self.act3(self.fc1(x.flatten(1))))
 
 
 def chain(*modules, shape, classes=3):

@@ -263,7 +263,7 @@ class Soak:
         for name in ("attributions", "predictions"):
             a, b = (np.asarray(r.array(name)[...], dtype=float) for r in (found, expected))
             limit = 0.0 if found.about["exact"] else found.about["tolerance"] * np.abs(b).max()
-            if np.abs(a - b).max() > limit:
+            if not np.abs(a - b).max() <= limit:
                 raise Difference(f"{name} of the earlier version")
         shutil.rmtree(out)
         self.figures["stores of an earlier version"] += 1

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...util import rounding
 from ...util.options import BadType
 from ...util.outputs import OneOutput
 from ..sources import open_source
@@ -83,9 +84,7 @@ def _check_earlier(task: Task, asked: Fingerprint) -> None:
     rows = computed.rows()
     before, now = task.results.maps(start, stop, "predictions").double(), rows["predictions"]
     tolerance = TOLERANCE[dtype_name(now.dtype)]
-    if not torch.allclose(
-        before, now.double(), rtol=tolerance, atol=tolerance * float(before.abs().max()), equal_nan=True
-    ):
+    if not rounding.close_elements(now.double(), before, tolerance):
         raise fingerprint.Mismatch(
             f"{task.results.place} belongs to another run, and nothing was changed: the model now predicts something "
             f"else for the samples {start} … {stop - 1}. Choose another place, or the model of the store."
