@@ -41,10 +41,7 @@ class Chunk:
     plain_torch: bool  # no kernel runs (`Points.plain_torch`)
 
     def values(self, rows: Sequence[Tensor], outputs_too: bool = False) -> Values:
-        """The values of the forward pass that a rule uses."""
-        if self.plain_torch:
-            return Values(self.program, self.params, dict(enumerate(rows)))
-        return rule_values(self.program, self.params, rows, values_needed(self.program, outputs_too))
+        return values_of(self.program, self.params, rows, self.plain_torch, outputs_too)
 
 
 class ProgramMethod(RowMethod):
@@ -121,6 +118,15 @@ def samples_at_a_time(
     shapes, size = 4 * program.shapes, dtype.itemsize
     peak, cached = 2 * stepwise_bytes(shapes, seed_count, size), stepwise_bytes(shapes, 0, size)
     return samples_per_chunk(device, peak, cached, least=least)
+
+
+def values_of(
+    program: Program, params: Params, rows: Sequence[Tensor], plain_torch: bool, outputs_too: bool = False
+) -> Values:
+    """The values of the forward pass that a rule uses."""
+    if plain_torch:
+        return Values(program, params, dict(enumerate(rows)))
+    return rule_values(program, params, rows, values_needed(program, outputs_too))
 
 
 class _Rectifying(ProgramMethod):
