@@ -15,11 +15,11 @@ from torch import nn
 from gradkern import attr as ours
 from gradkern.attr.rules import linear
 from gradkern.attr.rules.rescale import Rescale
-from gradkern.attr.rules.rule_methods import values_of
 from gradkern.runtime import reference
 from tests.support.deeplift_operations import OPERATIONS, Mixed, by_tape, ends, incomplete
 from tests.support.properties import FAST, FUZZ
 from tests.support.random_programs import programs
+from tests.support.rule_networks import values_of
 
 EXACT = 1e-8  # secants of numbers that hardly move cost digits
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,7 +14,7 @@ import torch
 from tests.gpu import test_gpu
 from tests.gpu.test_gpu import (  # noqa: F401
     test_every_number_is_written,
-    test_the_hash_sees_every_change,
+    test_hash_on_a_gpu_sees_every_change,
     test_the_plan_says_cuda,
     test_the_public_call_follows_the_weights,
 )

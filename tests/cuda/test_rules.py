@@ -17,7 +17,7 @@ from gradkern import attr
 from gradkern.attr.rules import linear
 from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
-from gradkern.attr.rules.rule_methods import samples_at_a_time, values_of, with_relu
+from gradkern.attr.rules.rule_methods import samples_at_a_time, with_relu
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.machine import TooLarge
 from gradkern.planner import plan
@@ -30,7 +30,7 @@ from tests.support.host_device import POISON, HostDevice, installed
 from tests.support.pools import POOLS, equal, numbers, with_counts
 from tests.support.properties import questions
 from tests.support.random_programs import programs
-from tests.support.rule_networks import DEEP, build
+from tests.support.rule_networks import DEEP, build, values_of
 
 pytestmark = [
     pytest.mark.slow,

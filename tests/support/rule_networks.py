@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from gradkern.attr.rules.linear import rule_values, values_needed
+from gradkern.attr.rules.rule import Values
+from gradkern.ir.calls import Params
+from gradkern.ir.program import Program
 from tests.support.case import randomise_norm
 
 
@@ -44,3 +50,10 @@ DEEP = {
     "pool_first": (lambda: chain(nn.MaxPool2d(2), nn.Conv2d(1, 2, 2), nn.Tanh(), shape=(1, 6, 6)), (1, 6, 6)),
     "softmax": (lambda: nn.Sequential(*chain(nn.Linear(6, 5), nn.ReLU(), shape=(6,)), nn.Softmax(1)), (6,)),
 }  # fmt: skip
+
+
+def values_of(program: Program, params: Params, rows: Sequence[Tensor], by_reference: bool) -> Values:
+    """The values of a forward pass that a rule uses, by the kernels or by plain torch."""
+    if by_reference:
+        return Values(program, params, dict(enumerate(rows)))
+    return rule_values(program, params, rows, values_needed(program, False))

@@ -27,7 +27,7 @@ import gradkern
 from gradkern.attr.rules import linear
 from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.rescale import Rescale
-from gradkern.attr.rules.rule_methods import values_of, with_relu
+from gradkern.attr.rules.rule_methods import with_relu
 from gradkern.codegen import emitters, lowering, scratch
 from gradkern.ir.program import Select
 from gradkern.passes import direction
@@ -37,6 +37,7 @@ from tests.support.properties import agrees, agrees_in_float32
 from tests.support.random_modules import Grower as ModuleGrower
 from tests.support.random_modules import Question
 from tests.support.random_programs import Grower, Network
+from tests.support.rule_networks import values_of
 
 RESET = 50  # plans are forgotten after so many networks
 EXACT = 1e-10
