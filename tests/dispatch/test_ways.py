@@ -30,6 +30,7 @@ def taken(monkeypatch):
     """What ran, in order: "kernels" or (samples, seeds together), after the model has been measured."""
     runs: list = []
     real_kernels, real_chain, real_autograd = executor.jacobian, whole_chain.WholeChain.__call__, eager.fill
+    real_repeat = whole_chain.WholeChain.repeat
 
     def kernels(*args, **kwargs):
         runs.append("kernels")
@@ -39,12 +40,18 @@ def taken(monkeypatch):
         runs.append("kernels")
         return real_chain(*args)
 
+    def repeated(*args):  # None: the weights have changed, and `__call__` follows
+        results = real_repeat(*args)
+        runs.extend(["kernels"] * (results is not None))
+        return results
+
     def autograd(request, partial, start, stop, together=None):
         runs.append((stop - start, together))
         return real_autograd(request, partial, start, stop, together)
 
     monkeypatch.setattr(executor, "jacobian", kernels)
     monkeypatch.setattr(whole_chain.WholeChain, "__call__", chain)
+    monkeypatch.setattr(whole_chain.WholeChain, "repeat", repeated)
     monkeypatch.setattr(eager, "fill", autograd)
     return runs
 

@@ -49,7 +49,7 @@ class Picked(torch.nn.Module):
 @pytest.mark.parametrize("name", FUSED)
 def test_everything_is_fused(name):
     _, _, program = lowered(name)
-    found = executor.plan_for(program, 4, torch.float32)
+    found = executor.plan_for(program, 3, torch.float32)  # no more than the narrowest value holds
     assert found.fused_share == 1.0
     assert found.native_share == 1.0
     assert found.single_chain, str(found)
