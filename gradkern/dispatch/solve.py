@@ -17,8 +17,10 @@ from .request import JacobianResult, Request, allocate
 from .route import Route
 from .watch import OutputsChanged
 
-CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
-CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
+CHANGED = (
+    "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
+    "environment variable, a file, a random number). gradkern.reset() captures it again"
+)
 
 
 def solve(request: Request, route: Route) -> JacobianResult:
@@ -42,7 +44,7 @@ def solve(request: Request, route: Route) -> JacobianResult:
             if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):  # a GPU's own error says more
                 raise
             count = request.resolve_seeds(request.samples, bound.program.output_shape).count
-            work = f" beside memory_budget={options.memory_budget()} bytes of work"
+            work = f" in addition to memory_budget={options.memory_budget()} bytes of work"
             raise too_large(request.gradient_bytes * request.samples * count, work) from error
     return AutogradCall(request, route).run(start, results)
 

@@ -8,6 +8,7 @@ mode of a network (`ForwardPlan`).  A plan owns the chains that are lowered for 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -59,9 +60,9 @@ class Plan(Table):
         return None if self.direction is None else self.direction.cut
 
     @property
+    @abstractmethod
     def native(self) -> bool:
         """Whether any kernel runs."""
-        raise NotImplementedError
 
     @property
     def single_chain(self) -> bool:
@@ -69,14 +70,14 @@ class Plan(Table):
         return False
 
     @property
+    @abstractmethod
     def packed_names(self) -> tuple[str, ...]:
         """The tensors of the Program that are packed for kernels, or from which a Program made from it derives such."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def bytes_per_sample(self) -> int:
         """The bytes that a call allocates for a sample in addition to the result."""
-        raise NotImplementedError
 
     @cached_property
     def live_names(self) -> tuple[str, ...]:

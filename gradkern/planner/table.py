@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ from ..ir.macs import total_macs
 from ..ir.program import Opaque, describe
 from ..ir.recurrent import recognize
 from ..passes.direction import Direction
+from ..util.text import shorten
 from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation
 from .timing import Timing
 
@@ -87,7 +89,7 @@ class LocalSeeds:
         )
 
 
-class Table:
+class Table(ABC):
     """What ``explain`` prints of a plan.  Subclasses have the facts; the text is made here."""
 
     direction: Direction | None
@@ -96,19 +98,19 @@ class Table:
     facts: Facts
 
     @property
+    @abstractmethod
     def group_count(self) -> int:
         """The groups of the steps that are shown."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def steps(self) -> tuple[PlanStep, ...]:
         """The rows in the order of ``program.steps``, or of the Programs that run if part of it is in forward mode."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def local_seeds(self) -> tuple[LocalSeeds, ...]:
         """Where seeds or tangents are local."""
-        raise NotImplementedError
 
     @property
     def work(self) -> str:
@@ -146,7 +148,8 @@ class Table:
         rows = [("value", "layer", "form", "shape", "path", "MMAC")]
         for s in self.steps:
             shape = "×".join(map(str, s.shape)) or "()"
-            layer, form = _shorten(s.module or s.op, end=True), _shorten(PARAMETER.sub("", s.form))
+            layer = shorten(s.module or s.op, WIDEST, keep_end=True)  # its place in the model
+            form = shorten(PARAMETER.sub("", s.form), WIDEST)
             rows.append((f"v{s.value}", layer, form, shape, s.path, f"{s.macs / 1e6:.3g}"))
         widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -223,13 +226,6 @@ def rows_of_group(
             native_macs=own * implementation.native,
             group=number,
         )
-
-
-def _shorten(text: str, *, end: bool = False) -> str:
-    """``text`` cut to `WIDEST` characters; ``end``: its end is kept, as for a layer's place in the model."""
-    if len(text) <= WIDEST:
-        return text
-    return "…" + text[1 - WIDEST :] if end else text[: WIDEST - 1] + "…"
 
 
 def _legend(paths: set[str]) -> str:
