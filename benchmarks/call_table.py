@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.func import jacfwd, jacrev
 
 import gradkern
-from benchmarks import baselines, jax_peer, measure, report
+from benchmarks import baselines, few_inputs, jax_peer, measure, report
 from benchmarks.baselines import Chunk
+from benchmarks.few_inputs import Problem as FewInputs
 from benchmarks.measure import Say
 from benchmarks.problems import PROBLEMS, Problem
-from tests.cases import CASES
 
 SAMPLES = (1, 8, 64)
-OTHERS = ("decoder", "emulator")  # few inputs and many outputs; among the cases of the tests
 WARM_UP = 3  # rounds
 LEAST = 3  # timed calls, however long they take
 SECONDS = 4.0
@@ -54,9 +53,8 @@ class Row:
         return min(peers, key=self.us.__getitem__, default=None)
 
 
-def problems() -> list[Problem]:
-    few = [Problem(name, 64, 8, 8, 1.0, "few inputs, many outputs") for name in OTHERS if name in CASES]
-    return [*PROBLEMS.values(), *few]
+def problems() -> list[Problem | FewInputs]:
+    return [*PROBLEMS.values(), *few_inputs.PROBLEMS]
 
 
 def makers(compiled: bool) -> Iterator[tuple[str, Callable[[nn.Module, int, Tensor], Call]]]:
@@ -82,14 +80,11 @@ def makers(compiled: bool) -> Iterator[tuple[str, Callable[[nn.Module, int, Tens
             yield f"JAX {name}", peer(partial(jax_peer.chunk, transform=name))
 
 
-def rows(problem: Problem, rounds: int, compiled: bool, say: Say) -> Iterator[Row]:
+def rows(problem: Problem | FewInputs, rounds: int, compiled: bool, say: Say) -> Iterator[Row]:
     """A row for each size of `SAMPLES`."""
     model = problem.model()
     with torch.no_grad():
-        y = model(problem.fresh(1, torch.Generator().manual_seed(22)))
-    if y.dim() > 2:  # no peer expects that
-        model = nn.Sequential(model, nn.Flatten())
-    outputs = y[0].numel()
+        outputs = model(problem.fresh(1, torch.Generator().manual_seed(22))).shape[1]
     before: Row | None = None
     for n in SAMPLES:
         row = Row(problem.name, n)
@@ -100,7 +95,7 @@ def rows(problem: Problem, rounds: int, compiled: bool, say: Say) -> Iterator[Ro
 
 
 def _ready(
-    row: Row, before: Row | None, problem: Problem, model: nn.Module, outputs: int, compiled: bool, say: Say
+    row: Row, before: Row | None, problem: Problem | FewInputs, model: nn.Module, outputs: int, compiled: bool, say: Say
 ) -> dict[str, Call]:
     """Every way that a row has, after its first call."""
     calls: dict[str, Call] = {}
@@ -127,7 +122,7 @@ def _ready(
     return calls
 
 
-def _time(row: Row, calls: dict[str, Call], problem: Problem, rounds: int, say: Say) -> None:
+def _time(row: Row, calls: dict[str, Call], problem: Problem | FewInputs, rounds: int, say: Say) -> None:
     """Fill in the medians of a row."""
     generator = torch.Generator().manual_seed(23)
     taken: dict[str, list[float]] = {name: [] for name in calls}

@@ -35,6 +35,11 @@ class Problem:
     features: int
     goals: tuple[float, float | None]
 
+    def model(self) -> nn.Module:
+        """The network in eval mode, its output flat."""
+        torch.manual_seed(20)
+        return nn.Sequential(self.make(), nn.Flatten()).eval().requires_grad_(False)
+
     def fresh(self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(n, self.features, generator=generator, dtype=dtype)
 
@@ -69,9 +74,8 @@ def delivered(jacobian: Callable[[Tensor], Tensor]) -> Runner:
 
 
 def measured(problem: Problem, samples: int, rounds: int, say: Say) -> Row:
-    torch.manual_seed(20)
     generator = torch.Generator().manual_seed(20)
-    model = nn.Sequential(problem.make(), nn.Flatten()).eval().requires_grad_(False)
+    model = problem.model()
     x = problem.fresh(samples, generator)
     say(f"{problem.name}: first calls")
     with measure.quiet():
