@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ir.program import Program, Shape
-from ..runtime.whole_chain import whole_chain
+from ..runtime.whole_network import whole_network
 from ..util.options import BadType, BadValue, Engine
 from . import batching
 from .request import Request
@@ -95,19 +95,18 @@ class Prepared:
         route.check_reached(request)
         program = self.program = bound.program
         seeds = shared_seeds(request, program.output_shape)
-        whole, packed = whole_chain(program, bound.params(), given, seeds.indices, seeds.axes, wrt), None
+        whole, packed = whole_network(program, bound.params(), given, seeds.indices, seeds.axes, wrt), None
+        tensors = {name: x.detach().clone() for name, x in bound.tensors.items()}
         if whole is not None:
-            packed = whole.packed(bound.tensors)
+            packed = whole.packed(tensors)
         if whole is None or packed is None:
             measured = timing(request, route)  # None unless the engine is "auto"
             if measured is not None and measured.way != "kernels":
                 return self._live
-            tensors = {name: x.detach().clone() for name, x in bound.tensors.items()}
             return lambda inputs: (
                 batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, self._engine).shaped
             )
-        rows = whole.rows(packed)
-        return lambda inputs: whole.shaped(whole(packed, rows, inputs))
+        return lambda inputs: whole.shaped(whole(packed, inputs))
 
     def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A call of `jacobian`, which looks at the model again."""

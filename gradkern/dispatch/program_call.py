@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..planner.timing import Timing, Way
 from ..runtime.ops import Statistics
-from ..runtime.whole_chain import whole_chain
+from ..runtime.whole_chain import WholeChain
+from ..runtime.whole_network import whole_network
 from ..util.memo import Memo, WeakMemo
 from . import batching, eager, repeated, ways
 from .autograd_call import AutogradCall
@@ -59,7 +60,7 @@ class ProgramCall:
         whole = None
         # On a GPU, whether its kernels are wanted depends on the engine, and their first results are compared.
         if request.seeds_key is not None and seeds.count and x.device.type == "cpu" and batching.has_kernels(x):
-            whole = whole_chain(program, self.bound.params(), request.inputs, seeds.indices, seeds.axes, request.wrt)
+            whole = whole_network(program, self.bound.params(), request.inputs, seeds.indices, seeds.axes, request.wrt)
         timing_key = program.key, seeds.awaits_outputs, seeds.count, x.dtype, x.device, *kind
         return CallSetup(seeds, timing_key, whole)
 
@@ -94,7 +95,7 @@ class ProgramCall:
             with self.autograd.restoring_buffers(profile):
                 return eager.run_as_measured(request, profile, start, results, self.setup.seeds.count, batched=batched)
         if results is None and route.engine != "reference":
-            whole = self._by_whole_chain()
+            whole = self._by_whole_network()
             if whole is not None:
                 return whole
         torch_bytes = self.autograd.profile_beside_program().per_sample if bound.verified.opaque_steps else 0
@@ -103,8 +104,8 @@ class ProgramCall:
             torch_bytes=torch_bytes, watch=route.entry.watch,
         )  # fmt: skip
 
-    def _by_whole_chain(self) -> JacobianResult | None:
-        """The results by a single call of the kernel; None if the call needs anything more."""
+    def _by_whole_network(self) -> JacobianResult | None:
+        """The results by the kernels of the whole network; None if the call needs anything more."""
         request, route, bound = self.request, self.route, self.bound
         whole, watch = self.setup.whole, route.entry.watch
         if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
@@ -124,7 +125,7 @@ class ProgramCall:
         """The outputs ``[N, *out]``, with the Jacobians of one input added to ``sums``; None, with nothing added, if
         that is not one chain of kernels on a CPU."""
         request, whole, watch = self.request, self.setup.whole, self.route.entry.watch
-        if whole is None or self.way() != "kernels":
+        if not isinstance(whole, WholeChain) or self.way() != "kernels":
             return None
         packed = whole.packed(self.bound.tensors)
         if packed is None:

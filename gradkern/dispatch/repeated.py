@@ -1,4 +1,4 @@
-"""A call like an earlier one, of a network that is one chain: it goes from the guards straight to the kernel.
+"""A call like an earlier one, of a network that kernels compute as a whole: it goes from the guards to the kernels.
 
 Beside the kernel, a call of few samples spends most of its time on Python code that the kernel has driven out of the
 processor's caches, so here as little of it runs as possible.  The guards of the captured graph and the bytes of the
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..frontend.capture import GuardedGraph
 from ..runtime.parameters import Params
-from ..runtime.whole_chain import WholeChain
+from ..runtime.whole import Whole
 from ..util.memo import Memo, WeakMemo
 from ..util.options import Engine
 from . import guards
@@ -33,11 +33,11 @@ CALLS_PER_MODEL = 32
 
 @dataclass(eq=False, slots=True)
 class EarlierCall:
-    """What a call has in common with an earlier one: the graph, the chain that computes it, stand-ins for the input."""
+    """What a call has in common with an earlier one: the graph, its kernels, stand-ins for the input."""
 
     entry: CacheEntry
     graph: GuardedGraph
-    whole: WholeChain
+    whole: Whole[Any]
     stand_ins: tuple[Tensor, ...]
 
     def again(self, fn: Callable[..., Any], x: Tensor) -> Tensor | None:
@@ -67,7 +67,7 @@ def again(model: Any, x: Any, targets: Any, engine: Engine) -> Tensor | None:
     return None if call is None else call.again(model, x)
 
 
-def note(request: Request, engine: Engine, entry: CacheEntry, graph: GuardedGraph, whole: WholeChain) -> None:
+def note(request: Request, engine: Engine, entry: CacheEntry, graph: GuardedGraph, whole: Whole[Any]) -> None:
     """Remember a call that the kernel alone has computed, for `again`."""
     key = request.seeds_key
     if request.owner is not request.fn or len(request.inputs) != 1 or key is None or pinned_way.get() is not None:
@@ -79,7 +79,7 @@ def note(request: Request, engine: Engine, entry: CacheEntry, graph: GuardedGrap
         calls.put(place, EarlierCall(entry, graph, whole, guards.stand_ins(request.inputs, for_guards=True)))
 
 
-def run(whole: WholeChain, watch: Watch, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+def run(whole: Whole[Any], watch: Watch, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """The gradients by a single call of the kernel; None if none may run with the weights as they are."""
     begin, inputs = clock(), [x.detach() if x.requires_grad else x for x in inputs]
     jacobians = whole.repeat(tensors, inputs)
@@ -88,6 +88,6 @@ def run(whole: WholeChain, watch: Watch, tensors: Params, inputs: Sequence[Tenso
         if packed is None:
             return None
         begin = clock()
-        jacobians = whole(packed, whole.rows(packed), inputs)
+        jacobians = whole(packed, inputs)
     watch.seconds += clock() - begin  # `Watch.add`, without a call
     return jacobians

@@ -12,11 +12,12 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ..planner.timing import Timing, Way
-from ..runtime.whole_chain import WholeChain
+from ..runtime.whole import Whole
 from ..util.memo import Memo
 from . import batching, eager
 from .profile import ModelProfile
@@ -59,12 +60,12 @@ class CallSetup:
     """What the calls of a Program for the same seeds and inputs have in common.
 
     It does not depend on the values of tensors.  ``timing_key``: the key under which the fastest way of such calls is
-    remembered.  ``whole``: the chain that computes such calls, if the whole network is one.
+    remembered.  ``whole``: the kernels that compute the whole network in such calls, if they do.
     """
 
     seeds: Seeds
     timing_key: Hashable
-    whole: WholeChain | None
+    whole: Whole[Any] | None
 
 
 def measure(request: Request, bound: BoundProgram, setup: CallSetup, profile: ModelProfile) -> Timing:
@@ -79,7 +80,7 @@ def measure(request: Request, bound: BoundProgram, setup: CallSetup, profile: Mo
         def work() -> None:
             packed = whole.packed(bound.tensors) if whole is not None and way == "kernels" else None
             if whole is not None and packed is not None:
-                whole(packed, whole.rows(packed), [x.detach() for x in part.inputs])
+                whole(packed, [x.detach() for x in part.inputs])
             elif way == "kernels":
                 batching.run(part, bound.program, bound.tensors, "auto", torch_bytes=torch_bytes)
             else:

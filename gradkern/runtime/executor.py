@@ -160,13 +160,14 @@ def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
             _pack(call_plan.before, weights)
             _pack(call_plan.after, weights)
         case ForwardCallPlan():
-            _pack(call_plan.inner, _transposed_weights(call_plan.forward, weights))
+            _pack(call_plan.inner, transposed_weights(call_plan.forward, weights))
         case GroupedCallPlan():
             for chain in call_plan.backward_chains():
                 weights.packed(chain)
 
 
-def _transposed_weights(forward: ForwardPlan, weights: PlanWeights) -> PlanWeights:
+def transposed_weights(forward: ForwardPlan, weights: PlanWeights) -> PlanWeights:
+    """The packed weights of forward mode's transposed Program."""
     return weights.of_plan(forward.inner, LazyParams(forward.transposed.program, weights.params))
 
 
@@ -296,34 +297,37 @@ def _forward_mode(
     seed = like.new_zeros(n, *program.output_shape)  # the cotangent input, whose value does not matter
     rows = like.new_empty(n, forward.transposed.tangents, *program.output_shape)
     tangents = all_output_indices(forward.transposed.tangents, like.device)
-    execution = Execution(call_plan.inner, _transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
+    execution = Execution(call_plan.inner, transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
     execution.run()
-    columns = rows.view(*rows.shape[:2], program.outputs).transpose(1, 2)  # [N, C, D]
-    if targets.dim() == 2:
-        columns = columns.gather(1, targets.unsqueeze(2).expand(-1, -1, columns.shape[2]))
-    elif targets is not all_output_indices(program.outputs, targets.device):
-        columns = columns[:, targets]
-    for o, part in zip(out, columns.split([o[0, 0].numel() for o in out], dim=2), strict=True):
-        o.copy_(part.reshape(o.shape))
-    # torch takes reverse mode, in which 0 · Inf gives NaN in other places.  So samples with a derivative that is not
-    # finite are computed again.
-    finite = rows.flatten(1).sum(1).isfinite()
-    if not bool(finite.all()):
-        _refill(call_plan, weights.params, inputs, targets, out, (~finite).nonzero()[:, 0])
+    every = targets is all_output_indices(program.outputs, targets.device)
+    finite = forward_mode.write_transposed(rows.flatten(2), None if every else targets, out)
+    refill(call_plan, weights.params, inputs, targets, out, finite)
     return values[program.output]
 
 
 def _values(forward: ForwardPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
     """The values that forward mode reads, ``[N, *shape]`` each."""
-    program, wanted = forward.values, tuple(v for v in forward.read if v >= len(inputs))
-    call_plan, params = grouped_call_plan(program, 0, weights.like, (), wanted), LazyParams(program, weights.params)
-    return dict(enumerate(inputs)) | _wanted_values(call_plan, weights.of_plan(call_plan.plan, params), inputs)
+    wanted = tuple(v for v in forward.read if v >= len(inputs))
+    call_plan = grouped_call_plan(forward.values, 0, weights.like, (), wanted)
+    return dict(enumerate(inputs)) | _wanted_values(call_plan, values_weights(call_plan, weights), inputs)
 
 
-def _refill(
-    call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor], rows: Tensor
-) -> None:
-    """The samples ``rows`` of a Jacobian once more, by the plain reference."""
+def values_weights(call_plan: GroupedCallPlan, weights: PlanWeights) -> PlanWeights:
+    """The packed weights of forward mode's forward pass."""
+    return weights.of_plan(call_plan.plan, LazyParams(call_plan.plan.original, weights.params))
+
+
+def refill(
+    call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor],
+    finite: Tensor,
+) -> None:  # fmt: skip
+    """Compute samples once more by the plain reference if forward mode gave a derivative that is not ``finite [N]``.
+
+    torch takes reverse mode, in which 0 · Inf gives NaN in other places.
+    """
+    if bool(finite.all()):
+        return
+    rows = (~finite).nonzero()[:, 0]
     again = [o.new_empty(len(rows), *o.shape[1:]) for o in out]
     _by_reference(call_plan, params, [x[rows] for x in inputs], targets_of(targets, rows), again)
     for o, a in zip(out, again, strict=True):

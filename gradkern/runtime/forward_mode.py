@@ -12,7 +12,7 @@ from ..ir.calls import Params
 from ..ir.functions import FUNCTIONS
 from ..ir.program import LowRank, Program, Scale, Select
 from ..passes.forward_mode import Slope
-from . import reference
+from . import ops, reference
 
 
 def slope_tensors(program: Program, params: Params, values: dict[int, Tensor], slopes: Sequence[Slope]) -> list[Tensor]:
@@ -30,6 +30,26 @@ def slope_tensors(program: Program, params: Params, values: dict[int, Tensor], s
         return made[i]
 
     return [_slope(s, program, values, once).contiguous() for s in slopes]
+
+
+def write_transposed(rows: Tensor, targets: Tensor | None, out: Sequence[Tensor]) -> Tensor:
+    """Fill ``out``, one ``[N, S, *in]`` per input, from the tangents of the output ``rows [N, D, C]``, whose D are the
+    inputs' elements.
+
+    ``targets``: outputs ``[S]`` or ``[N, S]``; None is every output.  Returns whether all tangents of a sample are
+    finite, ``[N]``.
+    """
+    finite = ops.write_transposed(rows, targets, out)
+    if finite is not None:
+        return finite
+    columns = rows.transpose(1, 2)  # [N, C, D]
+    if targets is not None and targets.dim() == 2:
+        columns = columns.gather(1, targets.unsqueeze(2).expand(-1, -1, columns.shape[2]))
+    elif targets is not None:
+        columns = columns[:, targets]
+    for o, part in zip(out, columns.split([o[0, 0].numel() for o in out], dim=2), strict=True):
+        o.copy_(part.reshape(o.shape))
+    return rows.flatten(1).sum(1).isfinite()
 
 
 def _slope(s: Slope, program: Program, values: dict[int, Tensor], once: Any) -> Tensor:

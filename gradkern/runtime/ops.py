@@ -55,7 +55,7 @@ class Statistics:
 
 
 #: The ops that return nothing and only write to their arguments.
-WRITE_ALONE = ("chain_vjp", "chain_statistics", "accumulate", "recurrent", "recurrent_vjp")
+WRITE_ALONE = ("chain_vjp", "write_transposed", "chain_statistics", "accumulate", "recurrent", "recurrent_vjp")
 LIBRARY = "_C.so"  # beside gradkern/__init__.py
 
 
@@ -69,7 +69,7 @@ def extension() -> Any:
         what = f"is not available ({error}); results are the same, only slower"
         warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
-    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_vjp_if"))  # the newest ops
+    known = all(hasattr(compiled, name) for name in ("tile_vectors", "write_transposed"))  # the newest ops
     if not known or compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
         what = "was built from another version and is not used"
         warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
@@ -199,6 +199,16 @@ def chain_vjp_if(
         live, content, inputs, chain, sizes.integers, values, targets, seed_rows, seed_tile, results
     )
     return found == content
+
+
+def write_transposed(rows: Tensor, targets: Tensor | None, out: Sequence[Tensor]) -> Tensor | None:
+    """The last step of forward mode (csrc/cpu/transpose.cpp): fills ``out``, returns ``finite [N]``; None, with nothing
+    written, if it does not serve these tensors."""
+    if not _native(rows, *out) or not all(t.is_contiguous() for t in (rows, *out)):
+        return None
+    finite = rows.new_empty(rows.shape[0], dtype=torch.bool)
+    torch.ops.gradkern.write_transposed(rows, None if targets is None else targets.contiguous(), out, finite)
+    return finite
 
 
 def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: float) -> Tensor:

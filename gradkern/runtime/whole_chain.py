@@ -1,8 +1,7 @@
-"""A network that is one chain: calls need its packed weights, but do not go through its steps."""
+"""A network that is one chain."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 
@@ -18,37 +17,28 @@ from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
 from ..util.progress import limit_for_progress
 from . import ops
-from .call_plan import CallPlan, GroupedCallPlan, call_plan_for
-from .confirmation import comparison_size
+from .call_plan import GroupedCallPlan
 from .execution import run_chain
-from .executor import jacobian
-from .parameters import Packed, all_output_indices, bind, content_of, leading, weight_cache
+from .parameters import Packed, bind, content_of, weight_cache
+from .whole import Whole, confirmed
 
 
-class WholeChain:
-    """The chain that is a whole network, for the seeds ``targets [S]`` of all samples.  It holds no weights.
-
-    It serves inputs and parameters of the dtypes and devices that it was made with.
-    """
+class WholeChain(Whole[Packed]):
+    """A network that is one chain: a call is one op."""
 
     def __init__(
-        self, program: Program, call_plan: CallPlan, chain: Chain, like: Tensor, wrt: tuple[int, ...], targets: Tensor,
-        axes: Shape, on_cpu: bool,
+        self, program: Program, call_plan: GroupedCallPlan, chain: Chain, like: Tensor, targets: Tensor, axes: Shape,
+        on_cpu: bool,
     ) -> None:  # fmt: skip
-        self.program, self.plan, self.chain = program, call_plan.plan, chain
-        self.targets = targets
+        super().__init__(program, call_plan, like, targets, axes)
+        self.chain = chain
         self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
-        self.axes = axes  # the axes of the results in place of S
-        self.like, self.device = like.new_empty(0), like.device
         self.outputs = program.outputs
         self.output_bytes = program.outputs * like.element_size()  # per sample
-        self.order = [chain.wrt.index(v) for v in wrt]
-        numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
-        self.gradient_bytes = numbers * like.element_size()  # per sample
+        self.order = [chain.wrt.index(v) for v in call_plan.wrt]
         self.on_cpu = on_cpu  # the kernels, and all live tensors
 
     def packed(self, tensors: Params) -> Packed | None:
-        """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
         content = content_of([tensors[name] for name in self.plan.live_names])
         before, latest = self._latest
         packed = latest() if latest is not None and before == content else None
@@ -63,9 +53,8 @@ class WholeChain:
         """The rows of the last weight, if the seeds start with them; else None."""
         return packed.seed_rows(self.targets, self.outputs, constant=True)
 
-    def __call__(self, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients ``[N, S, *in]`` of each input that is differentiated."""
-        n, results = inputs[0].shape[0], self._room(inputs)
+    def __call__(self, packed: Packed, inputs: Sequence[Tensor]) -> list[Tensor]:
+        n, rows, results = inputs[0].shape[0], self.rows(packed), self.room(inputs, self.chain.wrt)
         chunk = self._chunk(n)
         if 0 < n <= chunk:
             self._fill(packed, rows, inputs, results)
@@ -75,25 +64,15 @@ class WholeChain:
         return [results[k] for k in self.order]
 
     def repeat(self, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """The same if the live ``tensors`` are as in the last call, in one op; None if they are not, or if the op
-        does not serve such calls."""
         content, latest = self._latest
         packed, n = latest() if latest is not None else None, inputs[0].shape[0]
         if packed is None or content is None or not packed.finite or not self.on_cpu or not 0 < n <= self._chunk(n):
             return None
-        chain, results = self.chain, self._room(inputs)
+        chain, results = self.chain, self.room(inputs, self.chain.wrt)
         live, reads = [tensors[name] for name in self.plan.live_names], [inputs[v].contiguous() for v in chain.inputs]
         seeds = self.targets, self.rows(packed), chain.seed_tile
         same = ops.chain_vjp_if(live, content, reads, packed.records, chain.sizes, chain.output_sizes, *seeds, results)
         return [results[k] for k in self.order] if same else None
-
-    def _room(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        n, seeds = inputs[0].shape[0], self.targets.shape[0]
-        results = [inputs[v].new_empty((n, seeds, *inputs[v].shape[1:])) for v in self.chain.wrt]
-        if n * self.gradient_bytes >= ops.HUGE:
-            for fresh in results:
-                ops.on_huge_pages(fresh)
-        return results
 
     def _chunk(self, n: int) -> int:
         """How many samples run at a time.  One sample is never cut, so the sizes need not be asked for."""
@@ -117,51 +96,29 @@ class WholeChain:
         )
         return outputs[0].view(n, *self.program.output_shape)
 
-    def shaped(self, jacobians: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Jacobians ``[N, S, *in]`` as ``[N, *axes, *in]``."""
-        if len(self.axes) == 1:
-            return tuple(jacobians)
-        return tuple([j.view(j.shape[0], *self.axes, *j.shape[2:]) for j in jacobians])
-
     def _fill(self, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor], results: list[Tensor]) -> None:
         reads = [inputs[v].contiguous() for v in self.chain.inputs]
         run_chain(packed, reads, self.targets, rows, [], results)
 
 
 def whole_chain(
-    program: Program,
-    params: Params,
-    inputs: Sequence[Tensor],
-    targets: Tensor | None,
-    axes: Shape,
-    wrt: tuple[int, ...],
-) -> WholeChain | None:
-    """The chain for inputs and bound parameters like these; None if one chain is not the whole network.
-
-    ``targets [S]``: flat output indices, never written to; None is every output.  ``axes``: the shape that the results
-    have in place of S.
-    """
-    like = leading(inputs)
-    targets = all_output_indices(program.outputs, like.device) if targets is None else targets.to(like.device)
-    call_plan = call_plan_for(program, targets.shape[-1], like, wrt)
-    if not isinstance(call_plan, GroupedCallPlan) or call_plan.plan.cast_dtype is not None:
-        return None
+    program: Program, call_plan: GroupedCallPlan, params: Params, inputs: Sequence[Tensor], like: Tensor,
+    targets: Tensor, axes: Shape,
+) -> WholeChain | None:  # fmt: skip
+    """The chain for inputs and bound parameters like these; None if one chain is not the whole network."""
     if not call_plan.targets_enter or len(call_plan.groups) != 1:
         return None
-    if call_plan.groups[0].only_reader_of != set(wrt):
+    wrt = set(call_plan.wrt)
+    if call_plan.groups[0].only_reader_of != wrt:
         return None
-    if not call_plan.confirmed:
-        with torch.inference_mode(False), torch.no_grad():
-            few = [x.detach()[: comparison_size(call_plan).trial] for x in inputs]
-            jacobian(program, params, few, targets, wrt)  # compares the first results with torch's
-        if not call_plan.confirmed:
-            return None
+    if not confirmed(program, call_plan, params, inputs, targets):
+        return None
     try:
         chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
     except TooLarge:
         return None
     reads = [*(inputs[v] for v in chain.inputs), *(params[name] for name in call_plan.plan.packed_names)]
-    if set(chain.wrt) != set(wrt) or any(x.dtype != like.dtype or x.device != like.device for x in reads):
+    if set(chain.wrt) != wrt or any(x.dtype != like.dtype or x.device != like.device for x in reads):
         return None
     on_cpu = isinstance(chain.sizes, CpuSizes) and all(params[name].is_cpu for name in call_plan.plan.live_names)
-    return WholeChain(program, call_plan, chain, like, wrt, targets, axes, on_cpu)
+    return WholeChain(program, call_plan, chain, like, targets, axes, on_cpu)
