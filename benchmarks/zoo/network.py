@@ -89,6 +89,8 @@ def explained(model: nn.Module, x: Tensor, targets: list[int]) -> dict[str, Any]
 
 def error(model: nn.Module, x: Tensor, targets: list[int]) -> float:
     """The largest difference from autograd, both in float64, as a share of the largest gradient."""
+    with torch.no_grad():
+        model(x)  # leaves no computed weight with a graph behind, which could not be copied
     exact = copy.deepcopy(model).double()
     want = class_loop(exact, x.double(), targets)
     got = gradkern.jacobian(exact, x.double(), targets, engine="kernel")

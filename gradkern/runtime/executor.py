@@ -300,7 +300,7 @@ def _forward_mode(
     execution = Execution(call_plan.inner, transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
     execution.run()
     every = targets is all_output_indices(program.outputs, targets.device)
-    finite = forward_mode.write_transposed(rows.flatten(2), None if every else targets, out)
+    finite = forward_mode.write_transposed(rows.view(*rows.shape[:2], program.outputs), None if every else targets, out)
     refill(call_plan, weights.params, inputs, targets, out, finite)
     return values[program.output]
 

@@ -13,6 +13,7 @@ from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program, Shape
 from ..passes.forward_mode import values_read
+from ..planner.plan import ForwardPlan
 from ..util.chunks import spans, stepwise_samples
 from ..util.progress import limit_for_progress
 from . import executor, forward_mode, ops
@@ -104,7 +105,7 @@ class WholeForward(Whole[ForwardPacks]):
         rows = like.new_empty(like.shape[0], transposed.tangents, *program.output_shape)
         seeds = packs.transposed.seed_rows(self.tangents, transposed.tangents, constant=True)
         run_chain(packs.transposed, reads, self.tangents, seeds, [], [rows])
-        finite = forward_mode.write_transposed(rows.flatten(2), self.chosen, results)
+        finite = forward_mode.write_transposed(rows.view(*rows.shape[:2], program.outputs), self.chosen, results)
         executor.refill(self.call_plan, params, inputs, self.targets, results, finite)
 
     def _values(self, packed: Packed | None, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -121,6 +122,14 @@ class WholeForward(Whole[ForwardPacks]):
         return values
 
 
+def _wanted(forward: ForwardPlan) -> tuple[int, ...]:
+    """The values that the slopes are computed from; the output is one if the slopes of its step need it."""
+    program, slopes = forward.program, forward.transposed.slopes
+    base, read = len(program.inputs), values_read(program, slopes)
+    of_output = any(base + s.of == program.output for s in slopes if s.kind not in ("value", "swapped"))
+    return tuple(v for v in forward.read if v >= base and (v in read or of_output))
+
+
 def whole_forward(
     program: Program, call_plan: ForwardCallPlan, params: Params, inputs: Sequence[Tensor], like: Tensor,
     targets: Tensor, axes: Shape,
@@ -134,15 +143,16 @@ def whole_forward(
         return None
     if not confirmed(program, call_plan, params, inputs, targets):
         return None
-    wanted = tuple(v for v in values_read(forward.program, forward.transposed.slopes) if v >= len(inputs))
+    wanted = _wanted(forward)
     values = grouped_call_plan(forward.values, 0, like, (), wanted) if wanted else None
     try:
         if values is not None:
             if not values.native or len(values.groups) != 1 or values.groups[0].live_out != tuple(sorted(wanted)):
                 return None
             few = [x.detach()[: comparison_size(call_plan).trial] for x in inputs]
-            if not executor.forward_values(forward.values, LazyParams(forward.values, params), few, wanted):
-                return None
+            with torch.inference_mode(False), torch.no_grad():  # compares its first results with torch's
+                if not executor.forward_values(forward.values, LazyParams(forward.values, params), few, wanted):
+                    return None
         return WholeForward(program, call_plan, values, like, targets, axes)
     except TooLarge:
         return None

@@ -10,6 +10,7 @@ from torch import nn
 import gradkern
 from gradkern.data import methods, run
 from gradkern.runtime import ops, whole_chain
+from gradkern.runtime.whole_network import whole_network
 from tests.support import capturing
 
 REDUCTIONS = ["mean_abs", "mean", "max_abs", "importance"]
@@ -103,7 +104,7 @@ def test_malformed_arguments_are_refused(change, message) -> None:
     with torch.no_grad():
         program = capturing.to_program(net, (x,))
         params = capturing.bind(program, net)
-        whole = whole_chain.whole_chain(program, params, (x,), eye, (4,), (0,))
+        whole = whole_network(program, params, (x,), eye, (4,), (0,))
         packed = whole.packed(params)
     given = {"finite": torch.ones(5, dtype=torch.bool), "groups": torch.zeros(5, dtype=torch.int64)} | change
     whole.targets = given.pop("targets", eye)

@@ -53,7 +53,7 @@ def test_prepared_call_does_not_look_at_the_model_again(monkeypatch: pytest.Monk
     want = gradkern.jacobian(model, x)
     assert torch.equal(jac(x), want)
     monkeypatch.setattr(capture.GraphCache, "capture", None)
-    monkeypatch.setattr(prepared, "whole_chain", None)
+    monkeypatch.setattr(prepared, "whole_network", None)
     with torch.no_grad():
         model[0].weight.mul_(2)
     model.train()
