@@ -90,23 +90,24 @@ def run(name: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1)),
     )  # fmt: skip
-    if done.returncode == -signal.SIGXCPU:
+    printed = done.stdout.strip().splitlines()
+    if done.returncode == -signal.SIGXCPU and not printed:
         return failed | {"failed": f"took longer than {seconds} s of processor time"}
-    if done.returncode != 0:
+    if done.returncode not in (0, -signal.SIGXCPU):
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         return failed | {"failed": (lines or [f"exit code {done.returncode}"])[-1][:300]}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result: dict[str, Any] = json.loads(printed[-1])  # at the time limit: of the batch sizes that were measured
     return result
 
 
 def one(name: str, threads: int, seconds: float) -> None:
-    """In the process of one network: print its result as the last line."""
+    """In the process of one network: print its result so far, a line after each batch size."""
     from benchmarks.zoo.network import measured
 
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(sys.stderr):
-        found = measured(name, threads, seconds)
-    print(json.dumps(found))
+        for found in measured(name, threads, seconds):
+            print(json.dumps(found), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,11 @@ HOPELESS = 1.15  # a peer that takes this many times the better one is not timed
 NEURAL = {"recurrent": (nn.RNNBase,), "convolutional": (nn.modules.conv._ConvNd,)}
 
 
-def measured(name: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Everything about one network.  ``seconds``: of timing, per batch size."""
+def measured(name: str, threads: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Everything about one network, each time that one more batch size has been measured.
+
+    ``seconds``: of timing, per batch size.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     net, shape = build(name)
@@ -55,8 +58,10 @@ def measured(name: str, threads: int, seconds: float) -> dict[str, Any]:
         found["first_call"] = time.process_time() - begin
         found |= explained(model, x, targets)
         found["error"] = error(model, x[:3], targets)
-        found["times"] = {str(n): compared(model, x[:n], targets, seconds) for n in BATCHES}
-    return found
+        times = found["times"] = {}
+        for n in BATCHES:
+            times[str(n)] = compared(model, x[:n], targets, seconds)
+            yield found
 
 
 def flat_output(y: Any) -> Tensor:

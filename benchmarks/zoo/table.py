@@ -113,7 +113,8 @@ def networks(results: Sequence[Result]) -> str:
     ]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in sorted(results, key=lambda r: r["name"]):
-        times = [f"{t['ratio']:.2f}× ({t['low']:.2f}–{t['high']:.2f})" for t in r["times"].values()]
+        by_size = [r["times"].get(n) for n in sizes]  # None at a size for which there was no time
+        times = [f"{t['ratio']:.2f}× ({t['low']:.2f}–{t['high']:.2f})" if t else "-" for t in by_size]
         why = r.get("reason") or "; ".join(r.get("by_autograd", [])[:2])
         cells = [
             *times,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.zoo import __main__ as zoo
 from benchmarks.zoo import table
 from benchmarks.zoo.network import batched, class_loop, cpu_seconds, flat_output, interval, kind
 from benchmarks.zoo.networks import Apply, build, names, randomized
@@ -83,6 +86,22 @@ def test_outputs_are_flattened_and_kinds_are_told_apart() -> None:
     }
     for net, shape in built.values():
         assert flat_output(Apply(randomized(net))(torch.randn(2, *shape))).shape == (2, 4)
+
+
+def test_what_was_measured_before_the_time_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SimpleNamespace(seconds=1.0, limit=60.0)
+    half = result("a/large", "convolutional", 4.0)
+    whole = result("a/small", "convolutional", 2.0)
+    whole["times"]["32"] = whole["times"]["8"]
+    for printed, want in ((json.dumps(half) + "\n", half), ("", "took longer than 60 s of processor time")):
+        ended = subprocess.CompletedProcess([], -signal.SIGXCPU, printed, "")
+        monkeypatch.setattr(subprocess, "run", lambda *args, ended=ended, **given: ended)
+        got = zoo.run("a/large", 1, options)
+        assert got == want or got["failed"] == want
+    large, small = table.networks([whole, half]).splitlines()[2:]
+    assert large.count("4.00×") == 1
+    assert "| - |" in large
+    assert small.count("2.00×") == 2
 
 
 @pytest.mark.slow
