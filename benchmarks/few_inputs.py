@@ -97,9 +97,9 @@ def measured(problem: Problem, samples: int, rounds: int, say: Say) -> Row:
     wide, exact = model.double(), x[:2].double()
     error = oracle.relative_error(gradkern.jacobian(wide, exact, engine="kernel"), forward(exact))
     counts = plan.direction.whole
-    assert counts.forward is not None
+    assert counts.forward_macs is not None
     times = (1e3 * statistics.median(seconds[name]) for name in runners)
-    return Row(problem.name, samples, counts.forward, counts.reverse, *times, *ratios, problem.goals, error)
+    return Row(problem.name, samples, counts.forward_macs, counts.reverse_macs, *times, *ratios, problem.goals, error)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ uint64_t hash_bytes(uint64_t total, const void* from, size_t size) {
   return current_isa().hash(total, &range, 1);
 }
 
-// Notices every kind of edit of packed weights.
+// A 64-bit hash of the live tensors' bytes: an edit of any kind goes unnoticed only if two contents have one hash.
 int64_t content_hash(const Tensors& tensors) {
   std::vector<ByteRange> ranges;
   ranges.reserve(tensors.size());

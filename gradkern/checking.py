@@ -90,7 +90,7 @@ def _exact_request(
     exact = tuple(x.double() if x.is_floating_point() else x for x in tensors)
     try:
         twin = copy.deepcopy(unwrap(model))
-        module, reason = model_of(twin), "a callable that is no module"
+        module, reason = model_of(twin), "a callable that is not a module"
         if module is not None:
             with torch.no_grad(), buffers_kept(module.double()):
                 twin(*[x[:2].clone() for x in exact])

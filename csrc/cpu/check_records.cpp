@@ -31,7 +31,7 @@ class Checker : public RecordChecker {
     constexpr int64_t kMost = int64_t(1) << 56;  // sums of bytes do not overflow below it, and no memory is larger
     for (const Wide size : {Wide(sizes.shared), block_ * Wide(sizes.sample), block_ * Wide(sizes.bits),
                             Wide(sizes.entries), Wide(sizes.segments), Wide(sizes.block)})
-      GRADKERN_CHECK(size < kMost, "gradkern: ", shown(size), " is no size of scratch memory");
+      GRADKERN_CHECK(size < kMost, "gradkern: ", shown(size), " is not a valid size of scratch memory");
     pass(call.forward, Kind::Load, Kind::MatMul);
     if (!call.seeds()) return;
     pass(*call.backward, Kind::Zero, Kind::StoreT);
@@ -53,7 +53,7 @@ class Checker : public RecordChecker {
       const auto found = static_cast<int64_t>(all[k].kind);
       need(found >= 0 && found < kKinds, "has the unknown kind ", found);
       kind = kFields[found].kind;
-      need(all[k].kind >= first && all[k].kind <= last, "does not belong into this pass");
+      need(all[k].kind >= first && all[k].kind <= last, "does not belong in this pass");
       fields(reinterpret_cast<const int64_t*>(all + k), kFields[found].letters);
       record(all[k]);
     }

@@ -1,4 +1,5 @@
-"""The command line: ``gradkern run | importance | explain | report | bench | merge | verify | info``.
+"""The command line: ``gradkern run | importance | explain | report | bench | merge | verify | info |
+export``.
 
 Exit codes: 0 success; 1 failure; 2 invalid command line; 3 the store belongs to another run; 4 the disk is full
 (finished chunks are kept); 5 the store is damaged; 6 another run is using it; 130 interrupted (finished chunks are

@@ -225,7 +225,7 @@ class ReachRules:
                 return self.between(record.src.buffer, dst.buffer, Reach.Same)
             case PatternT() | StencilT() | LinesT() | MultiplyT():
                 return self.between(record.src.buffer, record.dst.buffer, Reach.All)
-        raise TypeError(f"{type(record).__name__} is no record of a backward pass with one-hot seeds")
+        raise TypeError(f"{type(record).__name__} is not a record of a backward pass with one-hot seeds")
 
     def one(self, buffer: Buffer | None) -> ReachRule:
         assert buffer is not None

@@ -50,7 +50,7 @@ def merge(a: Sums, b: Sums) -> dict[str, np.ndarray]:
 def between(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """The squared deviations due to the distance of two parts' means; a part is a count ``[G]`` and a sum ``[G, ...]``.
 
-    As of Chan, Golub and LeVeque (1979); a difference of sums of squares would lose the digits of a large mean.
+    Following Chan, Golub and LeVeque (1979); a difference of sums of squares would lose the digits of a large mean.
     """
     n, m = (_column(count, total) for count, total in (a, b))
     weight = n * m / np.maximum(n + m, 1)

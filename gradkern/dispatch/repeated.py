@@ -1,7 +1,7 @@
 """A call like an earlier one, of a network that kernels compute as a whole: it goes from the guards to the kernels.
 
-Beside the kernel, a call of few samples spends most of its time on Python code that the kernel has driven out of the
-processor's caches, so here as little of it runs as possible.  The guards of the captured graph and the bytes of the
+Apart from the kernel itself, a call of few samples is dominated by Python code that the kernel has evicted from the
+processor's caches, so as little of it as possible runs here.  The guards of the captured graph and the bytes of the
 weights are still checked.
 """
 

@@ -277,7 +277,7 @@ def _reads(node: torch.fx.Node) -> Reads:
     if _SIZE.fullmatch(name):
         return None
     if not isinstance(node.meta.get("example_value"), Tensor):
-        raise NoProgram(f"it reads {plain_name(name)}, which is no tensor and changes from call to call")
+        raise NoProgram(f"it reads {plain_name(name)}, which is not a tensor and changes from call to call")
     return plain_name(name)
 
 

@@ -137,7 +137,7 @@ class _GraphLowering:
             node, index = self.known[of].node, piece
             self.builder.op = str(node.target)
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise self._refusal(node, "is no ATen op")
+            raise self._refusal(node, "is not an ATen op")
         return self._lower_call(node, index, meta)
 
     def _size(self, size: Any) -> Batch:

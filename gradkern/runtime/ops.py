@@ -192,8 +192,10 @@ def chain_vjp_if(
     seed_tile: int,
     results: Sequence[Tensor],
 ) -> bool:
-    """`chain_vjp` on a CPU, if `content_hash` of ``live`` is ``content``; whether it is.  ``chain``: packed weights,
-    tables, forward and backward records."""
+    """Run `chain_vjp` on a CPU if `content_hash` of ``live`` is ``content``; return whether it did.
+
+    ``chain``: packed weights, tables, forward and backward records.
+    """
     values = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
     found = torch.ops.gradkern.chain_vjp_if(
         live, content, inputs, chain, sizes.integers, values, targets, seed_rows, seed_tile, results

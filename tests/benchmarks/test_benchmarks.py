@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, call_table, ceilings, full_set, kernels, measure, operations, questions, scaling
+from benchmarks import (
+    accuracy,
+    call_table,
+    ceilings,
+    few_inputs,
+    full_set,
+    kernels,
+    measure,
+    operations,
+    questions,
+    scaling,
+)
 from benchmarks import run as benchmark
 from benchmarks.baselines import PEERS, run
 from benchmarks.problems import PROBLEMS, batch_sizes
@@ -232,3 +243,11 @@ def test_a_slow_way_leaves_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     row = call_table.Row("mlp", 1)
     call_table._time(row, {name: way(name) for name in taken}, PROBLEMS["mlp"], 50, lambda text: None)
     assert set(row.us) == {"quick", "slow"} and max(taken.values()) == call_table.LEAST
+
+
+@pytest.mark.slow
+def test_few_inputs_in_a_quick_run(tmp_path: Path) -> None:
+    assert few_inputs.main(["--quick", "--threads", "1", "--out", str(tmp_path / "f.json")]) == 0
+    rows = json.loads((tmp_path / "f.json").read_text())["few_inputs"]
+    assert [row["net"] for row in rows] == ["decoder", "emulator"]
+    assert all(row["error"] < 1e-12 and row["forward_macs"] < row["reverse_macs"] for row in rows)

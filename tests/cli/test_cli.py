@@ -22,7 +22,7 @@ from gradkern.cli.terminal import as_json_text
 from gradkern.data import Results
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "verify", "info")
+COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "verify", "info", "export")
 
 
 def small() -> nn.Module:

@@ -127,7 +127,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     model, x = small()
-    with pytest.raises(ValueError, match="is no zarr store"):
+    with pytest.raises(ValueError, match="exists but is not a zarr store"):
         run(model, x, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 

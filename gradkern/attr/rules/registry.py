@@ -31,7 +31,7 @@ def register_rule(of: type[nn.Module] | Callable[..., Any] | str, rule: UserRule
         register_rule(nn.GELU, lambda x, x_ref, y, y_ref: (y - y_ref) / (x - x_ref + 1e-12))
 
     A module's rule comes before a function's.  Captum's own method (``rules="captum"``) does not know these rules.
-    Raises `BadType` for anything else, and `BadValue` for a function that is no operation of ATen.
+    Raises `BadType` for anything else, and `BadValue` for a function that is not an operation of ATen.
     """
     if rule is not None and not callable(rule):
         raise BadType(
@@ -51,7 +51,7 @@ def register_rule(of: type[nn.Module] | Callable[..., Any] | str, rule: UserRule
     name = name.removeprefix("aten.").partition(".")[0]
     if not hasattr(torch.ops.aten, name):
         raise BadValue(
-            f"of: got the function {name!r}, which is no operation of ATen. Register a rule for the module that calls "
+            f"of: got the function {name!r}, which is not an operation of ATen. Register a rule for the module that calls "
             "it, or for an operation that torch.ops.aten has."
         )
     _put(_functions, name, rule)

@@ -92,7 +92,7 @@ class Work:
             case records.ScatterT():
                 clocks += self.transposed(op)[0]
             case _:
-                raise TypeError(f"{type(op).__name__} has no price: it is no record of a GPU's chain, or is new")
+                raise TypeError(f"{type(op).__name__} has no price: it is not a record of a GPU's chain, or is new")
         return clocks
 
     def window(self, op: records.Window) -> float:

@@ -119,7 +119,7 @@ def _load_npy(path: str) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except ValueError as error:
         raise BadValue(
-            f"source: {path} is no array of numbers that can be read ({error}). If it holds samples of different "
+            f"source: {path} is not an array of numbers that can be read ({error}). If it holds samples of different "
             "shapes, save them as lists in a parquet file, or padded to one shape."
         ) from error
 
@@ -179,7 +179,7 @@ class Zarr(Arrays):
         try:
             return zarr.open(path if folder is None else folder, mode="r")
         except (ValueError, TypeError, LookupError) as error:
-            raise BadValue(f"source: {path} is no zarr array or group that can be read ({error}).") from error
+            raise BadValue(f"source: {path} is not a zarr array or group that can be read ({error}).") from error
 
 
 @register_source

@@ -83,7 +83,7 @@ class Results:
             return False
         check_links(path)
         if not any((path / name).exists() for name in ("zarr.json", checks.BACKUP)):
-            raise BadValue(f"out: {text} exists and is no zarr store. Choose another place; nothing was changed.")
+            raise BadValue(f"out: {text} exists but is not a zarr store. Choose another place; nothing was changed.")
         return True
 
     @classmethod
@@ -310,7 +310,7 @@ class Results:
             with zarr.config.set({"array.write_empty_chunks": True}):
                 array = self.group[name]
             if not isinstance(array, zarr.Array):
-                raise BadValue(f"{self.place} is damaged: {name!r} is no array.")
+                raise BadValue(f"{self.place} is damaged: {name!r} is not an array.")
             trust.check_own_array(self.place, name, array, self.samples)
             if name in labels.TEXT:
                 labels.check_text(self.place, self.store, name, array.shape[0])
