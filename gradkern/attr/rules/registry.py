@@ -51,8 +51,8 @@ def register_rule(of: type[nn.Module] | Callable[..., Any] | str, rule: UserRule
     name = name.removeprefix("aten.").partition(".")[0]
     if not hasattr(torch.ops.aten, name):
         raise BadValue(
-            f"of: got the function {name!r}, which is not an operation of ATen. Register a rule for the module that calls "
-            "it, or for an operation that torch.ops.aten has."
+            f"of: got the function {name!r}, which is not an operation of ATen. Register a rule for the module that "
+            "calls it, or for an operation that torch.ops.aten has."
         )
     _put(_functions, name, rule)
 
