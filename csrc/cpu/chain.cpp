@@ -347,7 +347,8 @@ void chain_statistics(const Tensors& inputs, const Tensors& chain, const Ints& s
   }
 }
 
-// One op for the hash and the chain, because dispatching an op takes longer than hashing the weights of a small network.
+// One op for the hash and the chain, because dispatching an op takes longer than hashing the weights of a small
+// network.
 int64_t chain_vjp_if(const Tensors& live, int64_t content, const Tensors& inputs, const Tensors& chain,
                      const Ints& sizes, const Tensors& outputs, const Tensor& targets,
                      const std::optional<Tensor>& seed_rows, int64_t seed_tile, const Tensors& results) {
