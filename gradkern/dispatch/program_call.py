@@ -18,7 +18,7 @@ from . import batching, eager, repeated, ways
 from .autograd_call import AutogradCall
 from .checks import check_fits_in_memory
 from .first_use import clock
-from .request import JacobianResult, Request
+from .request import JacobianResult, Request, allocate
 from .route import Route
 from .state import BoundProgram
 from .watch import SAMPLES
@@ -108,10 +108,13 @@ class ProgramCall:
         """The results by the kernels of the whole network; None if the call needs anything more."""
         request, route, bound = self.request, self.route, self.bound
         whole, watch = self.setup.whole, route.entry.watch
-        if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
+        if whole is None or request.keep_outputs or torch.is_inference_mode_enabled() or watch.due():
             return None
-        if watch.due():
-            return None
+        if request.out is not None:
+            results = allocate(request, bound.program.output_shape)
+            fits = whole.can_fill(results.jacobians)
+            filled = fits and repeated.run(whole, watch, bound.tensors, request.inputs, results.jacobians) is not None
+            return results if filled else None
         check_fits_in_memory(request.samples * whole.gradient_bytes)
         begin = clock()
         jacobians = repeated.run(whole, watch, bound.tensors, request.inputs)

@@ -79,15 +79,18 @@ def note(request: Request, engine: Engine, entry: CacheEntry, graph: GuardedGrap
         calls.put(place, EarlierCall(entry, graph, whole, guards.stand_ins(request.inputs, for_guards=True)))
 
 
-def run(whole: Whole[Any], watch: Watch, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-    """The gradients by a single call of the kernel; None if none may run with the weights as they are."""
+def run(
+    whole: Whole[Any], watch: Watch, tensors: Params, inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None
+) -> list[Tensor] | None:
+    """The gradients by the kernels, in the memory ``out`` if it is given; None, with nothing written, if none may run
+    with the weights as they are."""
     begin, inputs = clock(), [x.detach() if x.requires_grad else x for x in inputs]
-    jacobians = whole.repeat(tensors, inputs)
+    jacobians = whole.repeat(tensors, inputs, out)
     if jacobians is None:
         packed = whole.packed(tensors)
         if packed is None:
             return None
         begin = clock()
-        jacobians = whole(packed, inputs)
+        jacobians = whole(packed, inputs, out)
     watch.seconds += clock() - begin  # `Watch.add`, without a call
     return jacobians

@@ -28,10 +28,10 @@ class Whole(ABC, Generic[Packs]):
     """
 
     def __init__(self, program: Program, call_plan: CallPlan, like: Tensor, targets: Tensor, axes: Shape) -> None:
-        self.program, self.plan, wrt = program, call_plan.plan, call_plan.wrt
+        self.program, self.plan, self.wrt = program, call_plan.plan, call_plan.wrt
         self.targets, self.axes = targets, axes
         self.like, self.device = like.new_empty(0), like.device
-        numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
+        numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in self.wrt)
         self.gradient_bytes = numbers * like.element_size()  # per sample
 
     @abstractmethod
@@ -39,13 +39,15 @@ class Whole(ABC, Generic[Packs]):
         """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
 
     @abstractmethod
-    def __call__(self, packs: Packs, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients ``[N, S, *in]`` of each input that is differentiated."""
+    def __call__(self, packs: Packs, inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The gradients ``[N, S, *in]`` of each input that is differentiated; ``out``: memory for them."""
 
     @abstractmethod
-    def repeat(self, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """The same if the live ``tensors`` are as in the last call; None if they are not, or if such calls are not
-        served."""
+    def repeat(
+        self, tensors: Params, inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None
+    ) -> list[Tensor] | None:
+        """The same if the live ``tensors`` are as in the last call; None, with nothing written, if they are not, or if
+        such calls are not served."""
 
     def shaped(self, jacobians: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Jacobians ``[N, S, *in]`` as ``[N, *axes, *in]``."""
@@ -53,10 +55,14 @@ class Whole(ABC, Generic[Packs]):
             return tuple(jacobians)
         return tuple([j.view(j.shape[0], *self.axes, *j.shape[2:]) for j in jacobians])
 
-    def room(self, inputs: Sequence[Tensor], wrt: Sequence[int]) -> list[Tensor]:
-        """Memory for the gradients of the inputs ``wrt``."""
+    def can_fill(self, out: Sequence[Tensor]) -> bool:
+        """Whether the kernels write to this memory."""
+        return all(o.is_contiguous() and o.dtype == self.like.dtype and o.device == self.device for o in out)
+
+    def room(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """New memory for the gradients."""
         n, seeds = inputs[0].shape[0], self.targets.shape[0]
-        results = [inputs[v].new_empty((n, seeds, *inputs[v].shape[1:])) for v in wrt]
+        results = [inputs[v].new_empty((n, seeds, *inputs[v].shape[1:])) for v in self.wrt]
         if n * self.gradient_bytes >= ops.HUGE:
             for fresh in results:
                 ops.on_huge_pages(fresh)

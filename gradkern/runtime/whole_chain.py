@@ -35,7 +35,7 @@ class WholeChain(Whole[Packed]):
         self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
         self.outputs = program.outputs
         self.output_bytes = program.outputs * like.element_size()  # per sample
-        self.order = [chain.wrt.index(v) for v in call_plan.wrt]
+        self.order = [call_plan.wrt.index(v) for v in chain.wrt]
         self.on_cpu = on_cpu  # the kernels, and all live tensors
 
     def packed(self, tensors: Params) -> Packed | None:
@@ -53,26 +53,29 @@ class WholeChain(Whole[Packed]):
         """The rows of the last weight, if the seeds start with them; else None."""
         return packed.seed_rows(self.targets, self.outputs, constant=True)
 
-    def __call__(self, packed: Packed, inputs: Sequence[Tensor]) -> list[Tensor]:
-        n, rows, results = inputs[0].shape[0], self.rows(packed), self.room(inputs, self.chain.wrt)
+    def __call__(self, packed: Packed, inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        given = self.room(inputs) if out is None else list(out)
+        n, rows, results = inputs[0].shape[0], self.rows(packed), [given[k] for k in self.order]
         chunk = self._chunk(n)
         if 0 < n <= chunk:
             self._fill(packed, rows, inputs, results)
         else:
             for a, b in spans(0, n, chunk):
                 self._fill(packed, rows, [x[a:b] for x in inputs], [r[a:b] for r in results])
-        return [results[k] for k in self.order]
+        return given
 
-    def repeat(self, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    def repeat(
+        self, tensors: Params, inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None
+    ) -> list[Tensor] | None:
         content, latest = self._latest
         packed, n = latest() if latest is not None else None, inputs[0].shape[0]
         if packed is None or content is None or not packed.finite or not self.on_cpu or not 0 < n <= self._chunk(n):
             return None
-        chain, results = self.chain, self.room(inputs, self.chain.wrt)
+        chain, given = self.chain, self.room(inputs) if out is None else list(out)
         live, reads = [tensors[name] for name in self.plan.live_names], [inputs[v].contiguous() for v in chain.inputs]
-        seeds = self.targets, self.rows(packed), chain.seed_tile
+        seeds, results = (self.targets, self.rows(packed), chain.seed_tile), [given[k] for k in self.order]
         same = ops.chain_vjp_if(live, content, reads, packed.records, chain.sizes, chain.output_sizes, *seeds, results)
-        return [results[k] for k in self.order] if same else None
+        return given if same else None
 
     def _chunk(self, n: int) -> int:
         """How many samples run at a time.  One sample is never cut, so the sizes need not be asked for."""

@@ -81,12 +81,16 @@ class WholeForward(Whole[ForwardPacks]):
             return None
         return ForwardPacks(values, transposed, tensors)
 
-    def repeat(self, tensors: Params, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    def repeat(
+        self, tensors: Params, inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None
+    ) -> list[Tensor] | None:
         packs = self._known(content_of([tensors[name] for name in self.plan.live_names]), tensors)
-        return None if packs is None or not inputs[0].shape[0] else self(packs, inputs)
+        return None if packs is None or not inputs[0].shape[0] else self(packs, inputs, out)
 
-    def __call__(self, packs: ForwardPacks, inputs: Sequence[Tensor]) -> list[Tensor]:
-        n, results = inputs[0].shape[0], self.room(inputs, self.call_plan.wrt)
+    def __call__(
+        self, packs: ForwardPacks, inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        n, results = inputs[0].shape[0], self.room(inputs) if out is None else list(out)
         chunk = 1 if n == 1 else limit_for_progress(stepwise_samples(self.device, self.plan.bytes_per_sample), n)
         with torch.inference_mode(False), torch.no_grad():
             if 0 < n <= chunk:
