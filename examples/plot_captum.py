@@ -19,7 +19,7 @@ torch.manual_seed(0)
 problem = arrow_heads()
 train(problem, epochs=20)
 net, x = problem.network, problem.x
-prepared = gradkern.prepare(net, x)
+gradkern.prepare(net, x)
 
 # %%
 # The same call, the same numbers: in float64, where rounding does not decide on which side of its kink a ReLU is

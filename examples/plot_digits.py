@@ -26,9 +26,9 @@ print(f"accuracy on the test part {accuracy:.1%}")
 # `prepare` captures the network, compares it with autograd on these samples, and plans the kernels.  Without it, that
 # happens as soon as it would save time.
 
-prepared = gradkern.prepare(net, x)
+jacobian = gradkern.prepare(net, x)
 one = x[-1:]
-J = gradkern.jacobian(net, one)  # [1, 10, 1, 28, 28]
+J = jacobian(one)  # [1, 10, 1, 28, 28]
 print(tuple(J.shape), "predicted:", int(net(one).argmax()))
 figure = plot.image(J[0], one[0], names=problem.classes)
 

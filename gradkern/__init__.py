@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attr as attr
+    from . import data as data
+    from . import integrations as integrations
     from . import kernels as kernels
     from . import plot as plot
     from .api import Explanation, explain, iter_jacobian, jacobian, prepare
     from .attr.plug import accelerate
     from .checking import Check, check
     from .data import importance, run
+    from .dispatch.prepared import Prepared
     from .dispatch.targets import TopK
     from .ir.program import Program
     from .planner.plan import Plan
@@ -33,6 +36,7 @@ _HOMES = {
     "GradkernWarning": "util.options",
     "KernelsDiffer": "runtime.confirmation",
     "Plan": "planner.plan",
+    "Prepared": "dispatch.prepared",
     "Program": "ir.program",
     "Sums": "util.outputs",
     "TopK": "dispatch.targets",
@@ -48,7 +52,7 @@ _HOMES = {
     "show_versions": "runtime.versions",
     "use": "util.options",
 }
-_SUBMODULES = ("attr", "kernels", "plot")
+_SUBMODULES = ("attr", "data", "integrations", "kernels", "plot")
 
 __all__ = [
     "Check",
@@ -56,6 +60,7 @@ __all__ = [
     "GradkernWarning",
     "KernelsDiffer",
     "Plan",
+    "Prepared",
     "Program",
     "Sums",
     "TopK",

@@ -35,6 +35,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PRINTS = re.compile(r"^print\(.*\) +# (.*)$", re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("error:.*is now:DeprecationWarning")  # no page uses an old name
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_run_and_print_what_is_written(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

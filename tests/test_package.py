@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import gradkern
+from gradkern.codegen.machine import NoKernels
 from gradkern.runtime import ops, versions
 
 
@@ -26,6 +27,8 @@ def test_every_public_name_is_there() -> None:
     for name in [*gradkern.__all__, "attr", "plot"]:
         assert getattr(gradkern, name) is getattr(gradkern, name)
         assert name in dir(gradkern)
+    for name in ("attr", "data", "integrations", "kernels", "plot"):  # in a process that has imported no other
+        assert run("-c", f"import gradkern; print(gradkern.{name}.__name__)").strip() == f"gradkern.{name}"
     with pytest.raises(AttributeError, match="no attribute 'jacobien'"):
         gradkern.jacobien  # noqa: B018
 
@@ -36,7 +39,7 @@ def test_versions_for_a_bug_report(capsys: pytest.CaptureFixture[str], monkeypat
     shown = capsys.readouterr().out
     for name in ("python", "torch", "captum", "kernels", "threads", "GPUs", "GRADKERN_SOMETHING"):
         assert f"\n{name} " in f"\n{shown}"
-    monkeypatch.setattr(ops, "machine", lambda: None)
+    monkeypatch.setattr(ops, "machine", NoKernels)
     assert versions._kernels() == "no compiled extension"
     assert run("-m", "gradkern", "--version") == f"gradkern, version {gradkern.__version__}\n"
 

@@ -156,7 +156,7 @@ def matching(capture: GraphCache, local: dict[str, Any]) -> GraphMatch | None:
                 if not _same_methods(graph):
                     return None
                 capture.latest = graph
-                return GraphMatch(graph, graph.tensors(local, capture.shared))
+                return GraphMatch(graph, graph.read_tensors(local, capture.shared))
     finally:
         torch._C._set_grad_enabled(grad_enabled)
     return None

@@ -170,7 +170,7 @@ class ModelState:
         finally:
             note_capture(clock() - begin)
 
-    def is_new(self, message: str) -> bool:
+    def first_time(self, message: str) -> bool:
         """Whether this is asked for the first time; it is not from now on."""
         with self.lock:
             known = message in self._said
@@ -179,7 +179,7 @@ class ModelState:
 
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
-        if self.is_new(message):
+        if self.first_time(message):
             warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
 
 
@@ -192,9 +192,9 @@ def warn(fn: Any, message: str) -> None:
     _of(fn).warn(message)
 
 
-def is_new(fn: Any, what: str) -> bool:
+def first_time(fn: Any, what: str) -> bool:
     """Whether this is asked for the first time about a model, or about any function; it is not from now on."""
-    return _of(fn).is_new(what)
+    return _of(fn).first_time(what)
 
 
 def _of(fn: Any) -> ModelState:

@@ -79,16 +79,16 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 class GuardedGraph:
     """One captured graph.
 
-    ``reads``: the meaning of each placeholder.  ``guards``: those of Dynamo.  ``tensors``: finds the live tensors that
-    it reads, by name, given the arguments of the captured function.  ``methods``: the methods that ran during capture;
-    Dynamo does not guard against their replacement in a class.
+    ``reads``: the meaning of each placeholder.  ``guards``: those of Dynamo.  ``read_tensors``: finds the live tensors
+    that it reads, by name, given the arguments of the captured function.  ``methods``: the methods that ran during
+    capture; Dynamo does not guard against their replacement in a class.
     """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
     names: tuple[str, ...]  # the names of the tensors, in order
     guards: Any = None
-    tensors: Reader = lambda local, shared: {}
+    read_tensors: Reader = lambda local, shared: {}
     methods: tuple[Method, ...] = ()
 
     @property
@@ -175,7 +175,7 @@ class GraphCache:
         if ran is None:
             raise NoProgram("its output is not one tensor")
         graph, arguments = ran
-        tensors = _by_name(graph, arguments)
+        tensors = _tensors_by_name(graph, arguments)
         if graph.guards is None:
             self._learn_guards(graph, local, tensors)
         return GraphMatch(graph, tensors)
@@ -192,14 +192,14 @@ class GraphCache:
             evaluates = all(read[name] is x for name, x in tensors.items())
         except Exception:  # an expression in Dynamo's own terms, which may fail in any way
             evaluates = False
-        graph.tensors = evaluate if evaluates else _rerunning_reader(graph, code)
+        graph.read_tensors = evaluate if evaluates else _rerunning_reader(graph, code)
 
 
 def _evaluating_reader(graph: GuardedGraph) -> Reader:
     """Reads the tensors by the Python expressions of their places, such as ``L['fn'].weight``, in one function."""
     assert graph.module is not None
     sources = [_source(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
-    items = ", ".join(f"{name!r}: {expression}" for name, expression in _by_name(graph, sources).items())
+    items = ", ".join(f"{name!r}: {expression}" for name, expression in _tensors_by_name(graph, sources).items())
     reader: Reader = eval(f"lambda L, G: {{{items}}}")
     return reader
 
@@ -209,12 +209,12 @@ def _rerunning_reader(graph: GuardedGraph, code: types.CodeType) -> Reader:
 
     def read(local: dict[str, Any], shared: dict[str, Any]) -> dict[str, Tensor]:
         _, arguments = types.FunctionType(code, shared)(**local)
-        return _by_name(graph, arguments)
+        return _tensors_by_name(graph, arguments)
 
     return read
 
 
-def _by_name(graph: GuardedGraph, arguments: Sequence[T]) -> dict[str, T]:
+def _tensors_by_name(graph: GuardedGraph, arguments: Sequence[T]) -> dict[str, T]:
     """The arguments of a graph that stand for tensors."""
     return {read: x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)}
 

@@ -87,7 +87,7 @@ class CallPlan:
         #: Whether results of these kernels have been compared with torch's own, which they have to be once.
         self.confirmed = not plan.native
 
-    def folded(self, seeds: int) -> CallPlan:
+    def without_kernels(self, seeds: int) -> CallPlan:
         """The call plan without gradkern's own kernels, for a number of seeds."""
         own = self.plan
         wanted = None if own.seeds else own.wanted

@@ -63,7 +63,7 @@ def confirm(
     # An opaque step may name a dtype among its arguments, so the tensors of such a program are not cast.
     opaque = any(isinstance(step.form, Opaque) for step in call_plan.program.steps)
     size = comparison_size(call_plan)
-    plain = call_plan.folded(min(call_plan.plan.seeds, size.seeds))
+    plain = call_plan.without_kernels(min(call_plan.plan.seeds, size.seeds))
 
     def folded(few: Sequence[Tensor], dtype: torch.dtype, draw: int | None) -> Sequence[Tensor]:
         generator, eps = torch.Generator().manual_seed(draw or 0), torch.finfo(dtype).eps

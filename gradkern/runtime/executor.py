@@ -18,7 +18,7 @@ from ..ir.calls import Params
 from ..ir.program import Program
 from ..planner.plan import ForwardPlan
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
-from ..util.samples import targets_of
+from ..util.samples import rows_of_targets
 from . import forward_mode, reference
 from .call_plan import (
     CallPlan,
@@ -275,7 +275,7 @@ def _through_bottleneck(
         rows = [t[a:b] for t in inputs]
         inner = [rows[w].new_empty(b - a, width, *rows[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
         v = _fill(before, weights, rows, middle, inner)  # [n, *v]
-        chunk_targets = targets_of(targets, slice(a, b))
+        chunk_targets = rows_of_targets(targets, slice(a, b))
         outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
         outputs.append(_fill(after, weights, [v], chunk_targets, [outer.view(*outer.shape[:2], *v.shape[1:])]))
         for o, j in zip(out, inner, strict=True):
@@ -329,7 +329,7 @@ def refill(
         return
     rows = (~finite).nonzero()[:, 0]
     again = [o.new_empty(len(rows), *o.shape[1:]) for o in out]
-    _by_reference(call_plan, params, [x[rows] for x in inputs], targets_of(targets, rows), again)
+    _by_reference(call_plan, params, [x[rows] for x in inputs], rows_of_targets(targets, rows), again)
     for o, a in zip(out, again, strict=True):
         o[rows] = a
 
@@ -343,6 +343,6 @@ def _by_reference(
     outputs = []
     for a, b in list(spans(0, n, stepwise_samples(inputs[0].device, need))) or [(0, 0)]:
         chunk_inputs, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
-        chunk_targets = targets_of(targets, slice(a, b))
+        chunk_targets = rows_of_targets(targets, slice(a, b))
         outputs.append(reference.jacobian(program, params, chunk_inputs, chunk_targets, call_plan.wrt, out=rows)[0])
     return torch.cat(outputs)

@@ -219,15 +219,15 @@ def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: 
     return torch.ops.gradkern.rescale(z, reference, list(pool), relu, eps)
 
 
-Direction = Sequence[Tensor]  # of a recurrent layer: W_ih, W_hh and, if any, the biases
+RecurrentWeights = Sequence[Tensor]  # of a recurrent layer: W_ih, W_hh and, if any, the biases
 
 
-def recurrent(cell: int, x: Tensor, layer: Sequence[Direction]) -> Tensor | None:
+def recurrent(cell: int, x: Tensor, layer: Sequence[RecurrentWeights]) -> Tensor | None:
     """A recurrent layer in its directions, ``x [N, T, I] -> [N, T, directions · H]``.  ``cell``: the code of its kind
     (csrc/cpu/context.h).  None if there is no kernel for these tensors."""
     if not _native(x, *(w for weights in layer for w in weights)):
         return None
-    x, hidden = _rows(x), layer[0][1].shape[1]
+    x, hidden = _contiguous_rows(x), layer[0][1].shape[1]
     y = x.new_empty(*x.shape[:2], len(layer) * hidden)
     for d, weights in enumerate(layer):
         part = y.narrow(2, d * hidden, hidden)
@@ -235,20 +235,22 @@ def recurrent(cell: int, x: Tensor, layer: Sequence[Direction]) -> Tensor | None
     return y
 
 
-def recurrent_vjp(cell: int, x: Tensor, directions: Sequence[tuple[Direction, Tensor, Tensor]]) -> Tensor | None:
+def recurrent_vjp(cell: int, x: Tensor, directions: Sequence[tuple[RecurrentWeights, Tensor, Tensor]]) -> Tensor | None:
     """A recurrent layer back through time for all seeds: ``[N, S, T, I]``.  ``directions``: of each its weights, its
     output ``[N, T, H]`` and its cotangents ``[N, S, T, H]``.  None if there is no kernel for these tensors."""
     if not _native(x, *(t for weights, y, g in directions for t in (*weights, y, g))):
         return None
-    x, g = _rows(x), directions[0][2]
+    x, g = _contiguous_rows(x), directions[0][2]
     result = x.new_empty(*g.shape[:3], x.shape[2])
     for d, (weights, y, g) in enumerate(directions):
         whole = [w.contiguous() for w in weights]
-        torch.ops.gradkern.recurrent_vjp(_rows(g), x, _rows(y), whole, cell, d == 1, d > 0, result)
+        torch.ops.gradkern.recurrent_vjp(
+            _contiguous_rows(g), x, _contiguous_rows(y), whole, cell, d == 1, d > 0, result
+        )
     return result
 
 
-def _rows(x: Tensor) -> Tensor:
+def _contiguous_rows(x: Tensor) -> Tensor:
     """With a contiguous last axis."""
     return x if x.stride(-1) == 1 else x.contiguous()
 

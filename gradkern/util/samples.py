@@ -1,4 +1,4 @@
-"""Evenly spread samples, and perturbed ones."""
+"""Some of the samples: their targets, evenly spread ones, and perturbed ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def targets_of(targets: Tensor, rows: slice | Tensor) -> Tensor:
+def rows_of_targets(targets: Tensor, rows: slice | Tensor) -> Tensor:
     """The targets of the samples ``rows``, out of ``targets``: flat indices ``[S]`` that all samples share, or
     ``[N, S]``."""
     return targets[rows] if targets.dim() == 2 else targets

@@ -170,7 +170,7 @@ def test_another_instruction_set_is_equal_within_a_tolerance_and_says_so(tmp_pat
 
     assert start("portable", 0, "pinned.zarr", "mixed.zarr").wait() == 0
     machine = gradkern.runtime.ops.machine()
-    several = machine is not None and machine.isa != "portable"
+    several = bool(machine) and machine.isa != "portable"
     rest = [start(None, 1, "pinned.zarr")]  # the store's instruction set is taken up again
     rest += [start(machine.isa, 1, "mixed.zarr")] if several else []
     assert [r.wait() for r in rest] == [0] * len(rest)

@@ -16,7 +16,8 @@ from torch import nn
 
 import gradkern
 from gradkern.data import Mismatch, Outcome, Results, Settings, open_store, run
-from gradkern.data.runs.fingerprint import KEYS
+from gradkern.data.runs import fingerprint
+from gradkern.data.runs.shards import merge
 from tests.support.old_stores import OPTIONS, STORES, problem
 
 ROOT = Path(__file__).parents[2]
@@ -181,9 +182,22 @@ def test_keys_of_another_version_are_not_compared(tmp_path):
 
 def test_the_keys_of_today_are_compared(tmp_path):
     model, x = problem()
-    assert run(model, x, tmp_path / "a.zarr", **OPTIONS).about["keys"] == KEYS
+    assert run(model, x, tmp_path / "a.zarr", **OPTIONS).about["keys"] == fingerprint.KEYS
     with pytest.raises(Mismatch, match="computes something else"):
         run(Doubled(*model).eval(), x, tmp_path / "a.zarr", **OPTIONS)
+
+
+def test_a_store_of_kernels_that_round_differently_is_read_but_not_continued(tmp_path, monkeypatch):
+    for out, given in (("begun.zarr", {"chunk": 2, "shard": (0, 2)}), ("finished.zarr", {"chunk": 2})):
+        assert run(*problem(), tmp_path / out, **OPTIONS, **given).about["numerics"] == fingerprint.NUMERICS
+    monkeypatch.setattr(fingerprint, "NUMERICS", fingerprint.NUMERICS + 1)
+    with pytest.raises(Mismatch, match="kernels round differently"):
+        run(*problem(), tmp_path / "begun.zarr", **OPTIONS)
+    assert run(*problem(), tmp_path / "finished.zarr", **OPTIONS).finished
+    run(*problem(), tmp_path / "rest.zarr", **OPTIONS, chunk=2, shard=(1, 2))
+    with pytest.raises(Mismatch, match="are of versions whose kernels round differently"):
+        merge(tmp_path / "begun.zarr", [tmp_path / "rest.zarr"])
+    assert Results.open(tmp_path / "begun.zarr").maps(0, 2).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ...util.callables import name_of
 from ...util.chunks import row_blocks
 from ...util.options import BadArgument
 from ...util.progress import with_progress
-from ...util.samples import targets_of
+from ...util.samples import rows_of_targets
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, answer, one_by_one, pick_outputs, points_for
 from ..captum_targets import captum_seeds
@@ -319,10 +319,10 @@ def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, star
     ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule, and constants, are warned about separately.
     """
     said = bool(rule.unruled or rule.detached)
-    if said or len(multipliers) < len(rows) or not state.is_new(fn, "completeness"):
+    if said or len(multipliers) < len(rows) or not state.first_time(fn, "completeness"):
         return
     few, at = slice(0, CHECKED), rule.program.output
-    chosen, values = targets_of(targets, few), (rule.values[at][few], rule.reference[at][few])
+    chosen, values = rows_of_targets(targets, few), (rule.values[at][few], rule.reference[at][few])
     y, y_ref = (pick_outputs(v.expand_as(values[0]), chosen) for v in values)
     parts = times_change(*(tuple(z[few] for z in zs) for zs in (multipliers, rows, start)))
     missed = sum(sum_trailing_axes(p, 2) for p in parts) - (y - y_ref)

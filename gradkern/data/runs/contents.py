@@ -38,6 +38,7 @@ def attributes(
     about: Attributes = {
         "format": FORMAT,
         "keys": fingerprint.KEYS,
+        "numerics": fingerprint.NUMERICS,
         "fingerprint": asked,
         "pinned": {
             "chunk": chunk,

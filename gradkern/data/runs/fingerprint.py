@@ -27,6 +27,8 @@ from .settings import Settings
 
 SHOWN = 60  # characters of a value in a message
 KEYS = 3  # version of the keys of graph and plan; a store without it has version 1
+DEVIATIONS_SINCE = 3  # the version of the keys since which statistics hold deviations in place of sums of squares
+NUMERICS = 1  # counted up when kernels begin to round differently; a store without it has version 1
 
 
 class Mismatch(BadValue):
@@ -194,7 +196,18 @@ def keys_version(about: Attributes | None = None) -> tuple[int, str]:
 
 def sums_squares(about: Attributes) -> bool:
     """Whether a store's statistics hold sums of squares, as in an earlier version, in place of deviations."""
-    return int(about.get("keys", 1)) < 3
+    return int(about.get("keys", 1)) < DEVIATIONS_SINCE
+
+
+def check_numerics(place: str, about: Attributes) -> None:
+    """Raise `Mismatch` if new chunks would not be bit-equal to those of an unfinished store."""
+    stored = about.get("numerics", 1)
+    if stored != NUMERICS and not about.get("finished"):
+        raise Mismatch(
+            f"{place} was begun by gradkern {about['pinned']['gradkern']}, whose kernels round differently (version "
+            f"{stored} of the numerics, here {NUMERICS}), and nothing was changed. Finish it with that version, or "
+            "choose another place."
+        )
 
 
 def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], *, graph: bool = True) -> None:

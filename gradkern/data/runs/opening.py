@@ -54,6 +54,7 @@ def open_run(
         results = Results.create(out, arrays, about, settings.compression)
     same_keys = fingerprint.keys_version(results.about) == fingerprint.keys_version()
     fingerprint.check_same(str(out), results.about["fingerprint"], asked, graph=same_keys)
+    fingerprint.check_numerics(str(out), results.about)
     _check_pinned(results, settings)
     _check_labels(results, settings)
     _adopt_nonfinite(results, settings)

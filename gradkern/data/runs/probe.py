@@ -117,7 +117,7 @@ def probe_run(
         refuse_mixed(model, inputs)
     chooses = program is not None and pinned is None and options.engine(settings.engine) == "auto"
     arguments = methods.arguments_of(method, settings.arguments, chosen, samples, inputs)
-    targets = targets_of(settings.targets, chosen, samples)
+    targets = targets_of_samples(settings.targets, chosen, samples)
     batch = methods.Batch(model, inputs, targets, engine, arguments)
     outcome = method(batch)  # warms up
     way = faster_way(model, spot_samples, outcome.maps[0].shape[1]) if chooses else None
@@ -258,7 +258,7 @@ def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         )
 
 
-def targets_of(targets: Any, chosen: Sequence[int] | slice, samples: int) -> Any:
+def targets_of_samples(targets: Any, chosen: Sequence[int] | slice, samples: int) -> Any:
     """The targets of the ``chosen`` of ``samples`` if every sample has its own; other targets unchanged."""
     if isinstance(targets, list) and targets and isinstance(targets[0], list):
         targets = torch.tensor(targets)

@@ -41,6 +41,11 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
                 f"{other.place} has another chunk grid than {results.place}. Give all shards one chunk= and batch=."
             )
         both = [r.about for r in (results, other)]
+        if len({about.get("numerics", 1) for about in both}) > 1:
+            raise fingerprint.Mismatch(
+                f"{other.place} and {results.place} are of versions whose kernels round differently. Run that shard "
+                "again."
+            )
         if results.reductions and len(set(map(fingerprint.sums_squares, both))) > 1:
             raise fingerprint.Mismatch(
                 f"{other.place} and {results.place} are of versions with other statistics. Run that shard again."

@@ -21,7 +21,7 @@ from ..store.ledger import NAMED, ChunkRecord
 from ..store.results import Results
 from . import contents, fingerprint, forecast
 from .pins import pinning
-from .probe import Probe, device_of, targets_of
+from .probe import Probe, device_of, targets_of_samples
 from .reading import Reading
 from .settings import Settings
 from .transfer import MapBuffers, Ready, Transfer
@@ -143,7 +143,7 @@ class Task:
         ``bad`` gets the numbers of its samples with attributions that are not finite.
         """
         which, samples = slice(first, first + inputs[0].shape[0]), self.results.samples
-        targets = targets_of(self.settings.targets, which, samples)
+        targets = targets_of_samples(self.settings.targets, which, samples)
         arguments = methods.arguments_of(self.method, self.settings.arguments, which, samples, inputs)
         batch = methods.Batch(self.model, inputs, targets, self.pinned["engine"], arguments, first, out)
         if self.sums_only and (outputs := self._summed(batch, reducers, bad)) is not None:

@@ -119,6 +119,7 @@ class Attributes(TypedDict):
 
     format: int
     keys: NotRequired[int]  # version of the keys of graph and plan
+    numerics: NotRequired[int]  # version of the kernels' rounding
     fingerprint: Fingerprint
     pinned: Pinned
     engine: NotRequired[Engine | None]  # the requested one

@@ -303,7 +303,9 @@ def length(b: ProgramBuilder, x: Number, axis: int) -> int:
     return b.shape(x.real if isinstance(x, Complex) else x)[axis]
 
 
-def own(b: ProgramBuilder, x: Number, op: str, n: int, axis: int, a: SimpleNamespace, outputs: int) -> Number:
+def torch_transform(
+    b: ProgramBuilder, x: Number, op: str, n: int, axis: int, a: SimpleNamespace, outputs: int
+) -> Number:
     """A step that runs torch's own transform on pairs of real values."""
     values = (x.real, x.imag) if isinstance(x, Complex) else (x,)
     argument: Any = Call("aten.complex.default", values) if isinstance(x, Complex) else x
@@ -322,7 +324,7 @@ def transform(b: ProgramBuilder, x: Number, n: int | None, axis: int, a: SimpleN
     size = n if n is not None else 2 * (before - 1) if kind == "irfft" else before
     outputs = size // 2 + 1 if kind == "rfft" else size
     if size > _LONGEST:
-        return own(b, x, f"aten.fft_{kind}.default", size, axis, a, outputs)
+        return torch_transform(b, x, f"aten.fft_{kind}.default", size, axis, a, outputs)
     if kind == "irfft":
         if not isinstance(x, Complex):
             raise NoForm("its input is real")
