@@ -1,4 +1,4 @@
-"""What a call of few samples takes, what it costs in addition to its kernel, and what the first call of a network
+"""What a call with few samples takes, what it costs in addition to its kernel, and what the first call of a network
 costs.
 
 The first table has µs per call for 1, 8 and 64 samples: of the callable that `gradkern.prepare` returns, of

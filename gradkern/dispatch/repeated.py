@@ -1,6 +1,6 @@
 """A call like an earlier one, of a network that kernels compute as a whole: it goes from the guards to the kernels.
 
-Apart from the kernel itself, a call of few samples is dominated by Python code that the kernel has evicted from the
+Apart from the kernel itself, a call with few samples is dominated by Python code that the kernel has evicted from the
 processor's caches, so as little of it as possible runs here.  The guards of the captured graph and the bytes of the
 weights are still checked.
 """
