@@ -1,4 +1,4 @@
-"""Calls with few samples: the callable that `gradkern.prepare` returns, `gradkern.jacobian`, and torch's and JAX's ways.
+"""Calls with few samples: the callable that `gradkern.prepare` returns, `gradkern.jacobian`, torch's and JAX's ways.
 
 All ways of a network at one size take turns.  A way leaves the rounds once its calls have taken `SECONDS`, and is left
 out at sizes where one of its calls would take longer than `SLOWEST`.

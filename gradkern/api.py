@@ -225,8 +225,8 @@ def prepare(
     """Capture and verify the model now, with some of these samples, so that no later call has to.
 
     Returns a callable: ``jac(x)`` is ``jacobian(model, x, targets, wrt=wrt)`` for inputs of the same shapes, dtypes and
-    devices, without the checks that take most of the time of a call with few samples.  It packs the weights at its first
-    call and, unlike `jacobian`, does not notice later changes of the model: call ``jac.update()`` after one.
+    devices, without the checks that take most of the time of a call with few samples.  It packs the weights at its
+    first call and, unlike `jacobian`, does not notice later changes of the model: call ``jac.update()`` after one.
     ``jac.program`` is what was captured, and ``str(jac)`` lists it.  If the model stays on autograd, a warning says
     why, and ``jac.program`` is None.  Then, and where autograd turns out to be faster, ``jac(x)`` is a call of
     `jacobian`.
