@@ -263,7 +263,7 @@ REFUSED = {
     "semicolons": (lambda folder: written(folder, frame(), sep=";"), "separated by ';'"),
     "a longer line": (lambda folder: lines(folder, "a,b\n1,2\n1,2,3\n"), "cannot be read as a table"),
     "nothing": (lambda folder: lines(folder, ""), "cannot be read as a table"),
-    "objects": (lambda folder: objects(folder), "no array of numbers that can be read"),
+    "objects": (lambda folder: objects(folder), "not an array of numbers that can be read"),
     "no such column": (lambda folder: wide(folder) + ":z", r"got the column 'z', but .* has \['a', 'b', 'c', 'd'\]"),
     "other columns": (lambda folder: two_tables(folder, list("abce")), "other columns"),
     "a folder": (lambda folder: str(folder), r"is a folder.*\*\.npy"),
