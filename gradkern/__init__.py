@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import attr as attr
     from . import data as data
-    from . import integrations as integrations
     from . import kernels as kernels
     from . import plot as plot
     from .api import Explanation, explain, iter_jacobian, jacobian, prepare
@@ -52,7 +51,7 @@ _HOMES = {
     "show_versions": "runtime.versions",
     "use": "util.options",
 }
-_SUBMODULES = ("attr", "data", "integrations", "kernels", "plot")
+_SUBMODULES = ("attr", "data", "kernels", "plot")
 
 __all__ = [
     "Check",
