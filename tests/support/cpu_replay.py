@@ -27,8 +27,9 @@ from gradkern.runtime import ops
 from tests.support import scale
 
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = ("cpu/chain.cpp", "cpu/check_records.cpp", "cpu/check_local.cpp", "cpu/local.cpp", "cpu/recurrent.cpp",
-           "cpu/statistics.cpp", "checks.cpp", "content_hash.cpp", "host/replay_cpu.cpp")  # fmt: skip
+#: All sources of the CPU's ops but the instruction sets, of which each build has one.
+SOURCES = (*sorted(f"cpu/{path.name}" for path in CSRC.glob("cpu/*.cpp") if not path.name.startswith("isa_")),
+           "checks.cpp", "content_hash.cpp", "host/replay_cpu.cpp")  # fmt: skip
 FLAGS = ("-std=c++20", "-O1", "-g1", "-fwrapv", "-fopenmp-simd", "-pthread", "-Wno-unknown-pragmas", "-Wno-psabi",
          f"-I{CSRC / 'host' / 'standin'}", f"-I{CSRC}", f"-I{Path(torch.__file__).parent / 'include'}")  # fmt: skip
 TYPES = {torch.float32: 6, torch.float64: 7, torch.float16: 5, torch.int32: 3, torch.int64: 4, torch.bool: 11}
