@@ -34,6 +34,7 @@ PLAIN_GOAL = 50.0  # µs that a call of `jacobian` may take beyond one of the ha
 JAX = importlib.util.find_spec("jax") is not None
 
 Call = Callable[[Tensor], Tensor]
+Network = Problem | FewInputs
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Row:
         return min(peers, key=self.us.__getitem__, default=None)
 
 
-def problems() -> list[Problem | FewInputs]:
+def problems() -> list[Network]:
     return [*PROBLEMS.values(), *few_inputs.PROBLEMS]
 
 
@@ -80,7 +81,7 @@ def makers(compiled: bool) -> Iterator[tuple[str, Callable[[nn.Module, int, Tens
             yield f"JAX {name}", peer(partial(jax_peer.chunk, transform=name))
 
 
-def rows(problem: Problem | FewInputs, rounds: int, compiled: bool, say: Say) -> Iterator[Row]:
+def rows(problem: Network, rounds: int, compiled: bool, say: Say) -> Iterator[Row]:
     """A row for each size of `SAMPLES`."""
     model = problem.model()
     with torch.no_grad():
@@ -95,7 +96,7 @@ def rows(problem: Problem | FewInputs, rounds: int, compiled: bool, say: Say) ->
 
 
 def _ready(
-    row: Row, before: Row | None, problem: Problem | FewInputs, model: nn.Module, outputs: int, compiled: bool, say: Say
+    row: Row, before: Row | None, problem: Network, model: nn.Module, outputs: int, compiled: bool, say: Say
 ) -> dict[str, Call]:
     """Every way that a row has, after its first call."""
     calls: dict[str, Call] = {}
@@ -122,7 +123,7 @@ def _ready(
     return calls
 
 
-def _time(row: Row, calls: dict[str, Call], problem: Problem | FewInputs, rounds: int, say: Say) -> None:
+def _time(row: Row, calls: dict[str, Call], problem: Network, rounds: int, say: Say) -> None:
     """Fill in the medians of a row."""
     generator = torch.Generator().manual_seed(23)
     taken: dict[str, list[float]] = {name: [] for name in calls}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..frontend.capture import GuardedGraph
 from ..runtime.parameters import Params
-from ..runtime.whole import Whole
+from ..runtime.whole_chain import Whole
 from ..util.memo import Memo, WeakMemo
 from ..util.options import Engine
 from . import guards

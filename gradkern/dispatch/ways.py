@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..planner.timing import Timing, Way
-from ..runtime.whole import Whole
+from ..runtime.whole_chain import Whole
 from ..util.memo import Memo
 from . import batching, eager
 from .profile import ModelProfile

@@ -299,9 +299,7 @@ def _forward_mode(
     tangents = all_output_indices(forward.transposed.tangents, like.device)
     execution = Execution(call_plan.inner, transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
     execution.run()
-    every = targets is all_output_indices(program.outputs, targets.device)
-    finite = forward_mode.write_transposed(rows.view(*rows.shape[:2], program.outputs), None if every else targets, out)
-    refill(call_plan, weights.params, inputs, targets, out, finite)
+    finish_forward_mode(call_plan, weights.params, inputs, rows, targets, out)
     return values[program.output]
 
 
@@ -317,21 +315,24 @@ def values_weights(call_plan: GroupedCallPlan, weights: PlanWeights) -> PlanWeig
     return weights.of_plan(call_plan.plan, LazyParams(call_plan.plan.original, weights.params))
 
 
-def refill(
-    call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor],
-    finite: Tensor,
-) -> None:  # fmt: skip
-    """Compute samples once more by the plain reference if forward mode gave a derivative that is not ``finite [N]``.
+def finish_forward_mode(
+    call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], rows: Tensor, targets: Tensor, out: Sequence[Tensor]
+) -> None:
+    """Fill ``out`` from the tangents of the output ``rows [N, D, *out]``.
 
-    torch takes reverse mode, in which 0 · Inf gives NaN in other places.
+    torch takes reverse mode, in which 0 · Inf gives NaN in other places.  So samples with a derivative that is not
+    finite are computed once more, by the plain reference.
     """
+    outputs = call_plan.program.outputs
+    chosen = None if targets is all_output_indices(outputs, targets.device) else targets
+    finite = forward_mode.write_transposed(rows.view(*rows.shape[:2], outputs), chosen, out)
     if bool(finite.all()):
         return
-    rows = (~finite).nonzero()[:, 0]
-    again = [o.new_empty(len(rows), *o.shape[1:]) for o in out]
-    _by_reference(call_plan, params, [x[rows] for x in inputs], rows_of_targets(targets, rows), again)
+    samples = (~finite).nonzero()[:, 0]
+    again = [o.new_empty(len(samples), *o.shape[1:]) for o in out]
+    _by_reference(call_plan, params, [x[samples] for x in inputs], rows_of_targets(targets, samples), again)
     for o, a in zip(out, again, strict=True):
-        o[rows] = a
+        o[samples] = a
 
 
 def _by_reference(

@@ -21,7 +21,7 @@ from .call_plan import ForwardCallPlan, GroupedCallPlan, grouped_call_plan
 from .confirmation import comparison_size
 from .execution import run_chain
 from .parameters import KernelsUnavailable, LazyParams, Packed, PlanWeights, all_output_indices, bind, content_of
-from .whole import Whole, confirmed
+from .whole_chain import Whole, confirmed
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,9 @@ class WholeForward(Whole[ForwardPacks]):
     ) -> None:  # fmt: skip
         super().__init__(program, call_plan, like, targets, axes)
         self.call_plan, self.forward = call_plan, call_plan.forward
-        self.values_plan = values
-        self.values_chain = None if values is None else values.chain(values.groups[0], backward=False)
+        self.values = None if values is None else (values, values.chain(values.groups[0], backward=False))
         (self.transposed_chain,) = call_plan.inner.backward_chains()
         self.tangents = all_output_indices(self.forward.transposed.tangents, like.device)
-        every = targets is all_output_indices(program.outputs, like.device)
-        self.chosen = None if every else targets
         self._latest: tuple[int, tuple[weakref.ref[Packed] | None, weakref.ref[Packed]]] | None = None
 
     def packed(self, tensors: Params) -> ForwardPacks | None:
@@ -64,8 +61,9 @@ class WholeForward(Whole[ForwardPacks]):
             try:
                 transposed = executor.transposed_weights(self.forward, weights).packed(self.transposed_chain)
                 values = None
-                if self.values_plan is not None and self.values_chain is not None:
-                    values = executor.values_weights(self.values_plan, weights).packed(self.values_chain)
+                if self.values is not None:
+                    values_plan, chain = self.values
+                    values = executor.values_weights(values_plan, weights).packed(chain)
             except KernelsUnavailable:
                 return None
         self._latest = content, (None if values is None else weakref.ref(values), weakref.ref(transposed))
@@ -109,20 +107,20 @@ class WholeForward(Whole[ForwardPacks]):
         rows = like.new_empty(like.shape[0], transposed.tangents, *program.output_shape)
         seeds = packs.transposed.seed_rows(self.tangents, transposed.tangents, constant=True)
         run_chain(packs.transposed, reads, self.tangents, seeds, [], [rows])
-        finite = forward_mode.write_transposed(rows.view(*rows.shape[:2], program.outputs), self.chosen, results)
-        executor.refill(self.call_plan, params, inputs, self.targets, results, finite)
+        executor.finish_forward_mode(self.call_plan, params, inputs, rows, self.targets, results)
 
     def _values(self, packed: Packed | None, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """The values that the slopes are computed from."""
         values = dict(enumerate(inputs))
-        if packed is not None:
-            assert self.values_plan is not None
-            chain, shapes = packed.chain, self.values_plan.shapes
-            reads = [inputs[v].contiguous() for v in chain.inputs]
-            records = packed.weights, packed.tables, packed.forward
+        if self.values is not None and packed is not None:
+            plan, chain = self.values
+            reads, records = (
+                [inputs[v].contiguous() for v in chain.inputs],
+                (packed.weights, packed.tables, packed.forward),
+            )
             made = ops.chain_forward(reads, *records, chain.sizes, chain.output_sizes)
-            for v, y in zip(self.values_plan.groups[0].live_out, made, strict=True):
-                values[v] = y.view(-1, *shapes[v])
+            for v, y in zip(plan.groups[0].live_out, made, strict=True):
+                values[v] = y.view(-1, *plan.shapes[v])
         return values
 
 

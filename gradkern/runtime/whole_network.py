@@ -11,8 +11,7 @@ from ..ir.calls import Params
 from ..ir.program import Program, Shape
 from .call_plan import ForwardCallPlan, GroupedCallPlan, call_plan_for
 from .parameters import all_output_indices, leading
-from .whole import Whole
-from .whole_chain import whole_chain
+from .whole_chain import Whole, whole_chain
 from .whole_forward import whole_forward
 
 

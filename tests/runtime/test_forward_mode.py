@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,15 +25,6 @@ from tests.support.properties import FAST, FUZZ, agrees, questions
 from tests.support.random_programs import programs
 
 
-@pytest.fixture
-def forward_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forward mode wherever it is possible."""
-    monkeypatch.setattr(direction, "FORWARD_WORTHWHILE", 0)
-    gradkern.reset()
-    yield
-    gradkern.reset()
-
-
 @settings(FAST, max_examples=FUZZ or 150, derandomize=not FUZZ)
 @given(questions(programs()), st.sampled_from([0, 1, 1.25]))
 def test_random_programs_in_forward_mode_equal_the_reference(question, cut_worthwhile):
@@ -47,7 +37,7 @@ def test_random_programs_in_forward_mode_equal_the_reference(question, cut_worth
 
 
 @pytest.mark.parametrize("name", [case.name for case in TRACEABLE if not case.opaque])
-def test_every_case_in_forward_mode_equals_the_oracle(name, forward_mode):
+def test_every_case_in_forward_mode_equals_the_oracle(name, forward_everywhere):
     _, inputs, program, params = parts(name, 3)
     y, jacobians = run(program, params, inputs)
     want_y, want = exact(name, 3)
@@ -113,7 +103,7 @@ class Root(nn.Module):
         return x.sqrt()
 
 
-def test_steps_without_a_rule_keep_reverse_mode(forward_mode):
+def test_steps_without_a_rule_keep_reverse_mode(forward_everywhere):
     program = parts("lstm", 2)[2]
     plan = executor.plan_for(program, program.outputs, torch.float64)
     assert not isinstance(plan, ForwardPlan)
@@ -129,7 +119,7 @@ def test_inputs_that_are_not_differentiated_have_no_tangents():
 
 
 @pytest.mark.parametrize("name", ["decoder", "emulator", "conv2d_uneven", "maxpool2d", "lenet5"])
-def test_counts_are_those_of_what_runs(name, forward_mode):
+def test_counts_are_those_of_what_runs(name, forward_everywhere):
     program = parts(name, 2)[2]
     forward = executor.plan_for(program, program.outputs, torch.float64)
     inner = forward.transposed.program
